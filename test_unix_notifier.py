@@ -1,0 +1,2273 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""
+Tests of the units of part STREAM, in their order in the module.
+
+They build the hard states on purpose and step the loop by hand, without its
+thread, wherever that is possible: see SteppedHub. Every wait is bounded and
+ends as soon as what it waits for is there; nothing sleeps for a fixed time.
+"""
+
+import collections
+import contextlib
+import copy
+import datetime
+import decimal
+import errno
+import fcntl
+import functools
+import glob
+import grp
+import itertools
+import json
+import logging
+import os
+import pickle
+import random
+import resource
+import select
+import selectors
+import signal
+import socket
+import stat
+import sys
+import threading
+import time
+import traceback
+import types
+import unittest
+import uuid
+
+import fixtures
+from oslo_config import cfg
+from oslo_config import fixture as config_fixture
+import oslo_messaging
+from oslo_messaging.notify import _impl_log
+from oslo_serialization import jsonutils
+from oslotest import base
+from stevedore import extension
+import yaml
+
+import unix_notifier
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+GROUP = 'oslo_messaging_notifications'
+KEYS = ['message_id', 'publisher_id', 'event_type', 'priority', 'payload',
+        'timestamp']
+
+# Seconds that a wait may take on a busy machine; and what nothing takes that
+# has not to wait.
+WAIT = 20
+PROMPT = 5
+
+# A user that is neither root nor the owner of anything here.
+NOBODY = 65534
+
+as_root = unittest.skipUnless(os.geteuid() == 0, 'needs root')
+
+
+# -- helpers ----------------------------------------------------------------
+
+def message(payload):
+    """A notification as the Notifier builds it."""
+    return dict(dict.fromkeys(KEYS, 'x'), payload=payload)
+
+
+def numbered(number, size=0):
+    return message({'n': number, 'pad': 'x' * size})
+
+
+def line(number, size=0):
+    return unix_notifier._encode(numbered(number, size))
+
+
+def parse(data):
+    """One line of strict JSON; NaN and infinities are not."""
+    def refuse(constant):
+        raise AssertionError('%s is no JSON' % constant)
+
+    assert data.isascii() and data.find(b'\n') == len(data) - 1, data[:80]
+    return json.loads(data, parse_constant=refuse)
+
+
+def account(messages, number=0):
+    """The number of the notification after the last of the messages.
+
+    Fails unless each is in its place, or a record stands there for it.
+    """
+    for each in messages:
+        payload = each['payload']
+        if each['event_type'] == 'notifications.lost':
+            assert payload['lost'] > 0, each
+            number += payload['lost']
+        else:
+            assert payload['n'] == number, (payload['n'], number)
+            number += 1
+    return number
+
+
+def lost(messages):
+    """What records stand for, in their order."""
+    return [each['payload']['lost'] for each in messages
+            if each['event_type'] == 'notifications.lost']
+
+
+def wait_until(predicate):
+    deadline = time.monotonic() + WAIT
+    while not predicate():
+        assert time.monotonic() < deadline, 'waited in vain'
+        time.sleep(0.001)
+
+
+def open_files():
+    return set(os.listdir('/proc/self/fd'))
+
+
+def touch(path):
+    with open(path, 'w'):
+        pass
+
+
+def listen(path, backlog=8):
+    sock = socket.socket(socket.AF_UNIX)
+    sock.bind(path)
+    sock.listen(backlog)
+    return sock
+
+
+def none_left(*args):
+    raise RuntimeError("can't start new thread")
+
+
+def in_child(function):
+    """Call it in a forked child; the traceback if it raised, or ''."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if not pid:
+        text = ''
+        try:
+            os.close(reader)
+            signal.alarm(WAIT)
+            function()
+        except BaseException:
+            text = traceback.format_exc()
+        finally:
+            os.write(writer, text.encode()[:4096])
+            os._exit(0)
+    os.close(writer)
+    with open(reader) as file:
+        text = file.read()
+    return text + str(os.waitpid(pid, 0)[1] or '')
+
+
+@contextlib.contextmanager
+def as_uid(uid):
+    before = os.geteuid()
+    os.seteuid(uid)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+
+
+@contextlib.contextmanager
+def no_descriptors():
+    """Let the process open no file until it has closed one."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+class Client:
+    """A process on the socket, which takes nothing but strict JSON."""
+
+    def __init__(self, path):
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(WAIT)
+        self.sock.connect(path)
+        self.messages = []
+        self.ended = False
+        self._rest = bytearray()
+
+    def _recv(self):
+        try:
+            data = self.sock.recv(1024 * 1024)
+        except ConnectionResetError:
+            data = b''
+        self.ended = not data
+        self._rest += data
+        if b'\n' in data:
+            *lines, self._rest = self._rest.split(b'\n')
+            self.messages += [parse(each + b'\n') for each in lines]
+
+    def read(self):
+        """All messages that have come."""
+        while not self.ended and select.select([self.sock], [], [], 0)[0]:
+            self._recv()
+        return self.messages
+
+    def wait(self, count):
+        """So many messages, as the loop's thread sends them."""
+        while len(self.messages) < count and not self.ended:
+            self._recv()
+        return self.messages
+
+    def refusal(self):
+        """The reason for which it was refused."""
+        only, = self.read()
+        assert self.ended, 'not the end of the stream'
+        assert only['event_type'] == 'notifications.refused', only
+        return only['payload']['reason']
+
+
+class FakeSocket:
+    """A socket whose kernel buffer has as much room as the test says."""
+
+    def __init__(self):
+        self.room = 0
+        self.data = bytearray()
+        self.offers = []    # (buffers, bytes)
+
+    def sendmsg(self, buffers, ancdata, flags):
+        assert flags & socket.MSG_NOSIGNAL
+        data = b''.join(buffers)
+        self.offers.append((len(buffers), len(data)))
+        if not self.room:
+            raise BlockingIOError
+        sent = min(len(data), self.room)
+        self.data += data[:sent]
+        self.room -= sent
+        return sent
+
+
+class FakeListener:
+    """A listener whose accept() does what the script says, then works.
+
+    The script has errnos, and callables to call once accept() has returned.
+    """
+
+    def __init__(self, sock, script):
+        self._sock = sock
+        self.script = list(script)
+        self.accepts = 0
+
+    def __getattr__(self, name):
+        return getattr(self._sock, name)
+
+    def accept(self):
+        self.accepts += 1
+        step = self.script.pop(0) if self.script else None
+        if isinstance(step, int):
+            raise OSError(step, os.strerror(step))
+        result = self._sock.accept()
+        if step:
+            step()
+        return result
+
+
+class SteppedHub(unix_notifier._Hub):
+    """A hub whose loop is the test: nothing ever starts the thread."""
+
+    starts = 0
+
+    def start(self):
+        self.starts += 1
+
+    def overdue(self):
+        """Make the next turn look after the path, whatever the time."""
+        self._checked -= 60
+        if self._retry.at:
+            self._retry.at = 0
+
+    def look_again(self, times=1):
+        for _ in range(times):
+            self.overdue()
+            self._turn(0)
+
+    def finish(self):
+        if not self._closing:
+            self._closing = True
+            self._leave()
+
+
+def make_clogged_subscriber(backlog):
+    """A subscriber stuck in the middle of line 0, and its peer.
+
+    The kernel's buffer is full, so nothing can be sent until the peer reads.
+    """
+    ours, peer = socket.socketpair()
+    ours.setblocking(False)
+    peer.settimeout(WAIT)
+    subscriber = unix_notifier._Subscriber(ours, backlog, 'someone')
+    backlog.extend([line(0, 1024 * 1024)])
+    while not subscriber.blocked:
+        subscriber.flush()
+    return subscriber, peer
+
+
+class TestCase(base.BaseTestCase):
+
+    DEFAULT_TIMEOUT = 120
+
+    def setUp(self):
+        super().setUp()
+        self.log = self.useFixture(fixtures.FakeLogger(
+            level=logging.DEBUG,
+            format='%(levelname)s %(threadName)s %(message)s'))
+        self.dir = self.useFixture(fixtures.TempDir()).path
+        self.path = os.path.join(self.dir, 's')
+
+    def patch(self, name, value):
+        """Set what the module finds under the name."""
+        self.useFixture(fixtures.MonkeyPatch('unix_notifier.' + name, value))
+
+    def switch_threads_often(self):
+        self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
+        sys.setswitchinterval(1e-6)
+
+    def make_conf(self, sock_path='', **options):
+        """The options as a service reads them, from a file."""
+        if sock_path is not None:
+            options['sock_path'] = sock_path or self.path
+        name = os.path.join(self.useFixture(fixtures.TempDir()).path, 'conf')
+        with open(name, 'w') as file:
+            file.write('[%s]\n' % GROUP)
+            file.writelines('%s = %s\n' % each for each in options.items())
+        conf = cfg.ConfigOpts()
+        conf([], project='test', default_config_files=[name])
+        return conf
+
+    def make_settings(self, **options):
+        conf = self.make_conf(**options)
+        unix_notifier.register_opts(conf)
+        return unix_notifier._read_settings(conf)
+
+    def connect(self, hub=None):
+        client = Client(self.path)
+        self.addCleanup(client.sock.close)
+        if hub is not None:
+            hub._turn(0)
+        return client
+
+    def emit(self, hub, numbers, size=0):
+        for number in numbers:
+            hub.emit(numbered(number, size))
+
+    def assertLogged(self, text, times=1):
+        self.assertEqual(times, self.log.output.count(text), self.log.output)
+
+    def assertRefused(self, path):
+        with socket.socket(socket.AF_UNIX) as sock:
+            self.assertRaises(ConnectionRefusedError, sock.connect, path)
+
+    def assertNames(self, error, *texts):
+        for text in texts:
+            self.assertIn(text, str(error))
+
+
+# -- format -----------------------------------------------------------------
+
+class ReprRaises:
+
+    def __repr__(self):
+        raise RuntimeError
+
+
+class ItemsRaise(dict):
+
+    def items(self):
+        raise RuntimeError
+
+
+class Tape:
+    """An iterator that counts how often it was asked."""
+
+    asked = 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.asked += 1
+        assert self.asked < 1000, 'it has no end'
+        return self.asked
+
+
+class Endless:
+    """An iterable that is no iterator, and has no end."""
+
+    def __init__(self):
+        self.tape = Tape()
+
+    def __iter__(self):
+        return self.tape
+
+
+class EncodeTest(TestCase):
+
+    def payload(self, value, mask=False):
+        return parse(unix_notifier._encode(message(value), mask))['payload']
+
+    def test_message_is_one_line_of_ascii(self):
+        payload = {'text': 'two\nlines\r\u2028\u00e9 \U0001f600 "\\'}
+        found = parse(unix_notifier._encode(message(payload)))
+        self.assertEqual((payload, KEYS), (found['payload'], list(found)))
+
+    def test_real_notifications_print_as_the_log_driver_does(self):
+        with open(os.path.join(HERE, 'functional', 'notifications.ndjson'),
+                  'rb') as file:
+            messages = [json.loads(each) for each in file]
+        printed = self.useFixture(fixtures.FakeLogger(format='%(message)s'))
+        driver = _impl_log.LogDriver(None, [], None)
+        for each in messages:
+            driver.notify({}, each, each['priority'], 0)
+            self.assertEqual(jsonutils.dumps(each).encode() + b'\n',
+                             unix_notifier._encode(each))
+        self.assertEqual(printed.output.encode(), b''.join(
+            unix_notifier._encode(each, mask=True) for each in messages))
+        self.assertEqual(100, len(messages))
+
+    def test_secrets_are_masked_on_demand(self):
+        secret = {'auth': {'password': 'hunter2', 'user': 'me'}}
+        self.assertEqual(secret, self.payload(secret))
+        for extra in ({}, {'not': float('nan')}, {(1, 2): {3}}):
+            payload = self.payload(dict(secret, x=extra), mask=True)
+            self.assertEqual({'password': '***', 'user': 'me'},
+                             payload['auth'])
+
+    def test_what_json_cannot_take_becomes_something_it_can(self):
+        nan, inf = float('nan'), float('inf')
+        cycle, ring, user = {}, [], collections.UserDict()
+        cycle['a'], user['a'] = cycle, user
+        ring.append(ring)
+        thing, lock, now = object(), threading.Lock(), datetime.datetime.now()
+        number = uuid.uuid4()
+        for value, expected in (
+                (nan, None), ([inf, -inf, 1.5], [None, None, 1.5]),
+                ({'a': {'b': (nan, 'c')}}, {'a': {'b': [None, 'c']}}),
+                ({1}, [1]), (frozenset('a'), ['a']), ({nan}, [None]),
+                (collections.deque([{2}, nan]), [[2], None]),
+                ({'a': 1}.values(), [1]), (range(2), [0, 1]),
+                (collections.UserDict(a={3}), {'a': [3]}),
+                (collections.UserDict({(1, 2): nan}), {'(1, 2)': None}),
+                (types.MappingProxyType({'a': nan}), {'a': None}),
+                (now, jsonutils.to_primitive(now)),
+                (now.date(), jsonutils.to_primitive(now.date())),
+                (number, str(number)), ({number: 1}, {str(number): 1}),
+                (decimal.Decimal('NaN'), 'NaN'),
+                (ValueError('bad'), "ValueError('bad')"),
+                (b'text \xc3\xa9', 'text \u00e9'), (b'\xff', "b'\\xff'"),
+                ({b'a': 1, b'\xff': 2}, {'a': 1, "b'\\xff'": 2}),
+                (thing, repr(thing)), (lock, repr(lock)), (1j, '1j'),
+                ({thing: lock}, {repr(thing): repr(lock)}),
+                ('\ud800', '\ud800'), ({'\udfff': nan}, {'\udfff': None}),
+                (cycle, {'a': "{'a': {...}}"}), (ring, ['[[...]]']),
+                (user, {'a': "{'a': {...}}"}),
+                ({(1, 2): 'a', frozenset([3]): nan},
+                 {'(1, 2)': 'a', 'frozenset({3})': None}),
+                ({nan: 1}, {'null': 1}), ({None: 1, True: nan, 1.5: 3},
+                                          {'null': 1, 'true': None, '1.5': 3}),
+                (10 ** 400, 10 ** 400), ([10 ** 5000, 1], ['<no repr>', 1]),
+                ({'a': ReprRaises(), 'b': 1}, {'a': '<no repr>', 'b': 1}),
+                ([ReprRaises(), nan], ['<no repr>', None]),
+                ([ItemsRaise(a=1), 2], ["{'a': 1}", 2])):
+            self.assertEqual(expected, self.payload(value))
+            self.payload(value, mask=True)  # which makes copies of its own
+
+    def test_depth_has_an_end(self):
+        for depth in (900, 10000):
+            for wrap in (lambda x: [x], lambda x: {'a': x}, lambda x: (x, {1}),
+                         lambda x: collections.UserList([x])):
+                deep = functools.reduce(
+                    lambda x, _: wrap(x), range(depth), float('nan'))
+                self.payload(deep)
+                self.payload(deep, mask=True)
+
+    def test_iterators_are_left_to_the_caller(self):
+        for wrap in (lambda x: x, lambda x: [x], lambda x: {x},
+                     lambda x: collections.deque([x]), lambda x: (x, {1: {x}}),
+                     lambda x: collections.UserList([x, float('nan')]),
+                     lambda x: {'a': x}.values(),
+                     lambda x: collections.UserDict({x: x})):
+            for mask in (False, True):
+                tape, endless = Tape(), Endless()
+                text = json.dumps(self.payload(wrap(tape), mask))
+                self.assertIn('Tape object', text)
+                self.payload(wrap(endless), mask)
+                self.assertEqual(0, tape.asked + endless.tape.asked)
+        for each in (itertools.count(), itertools.cycle('ab'), iter(int, 1),
+                     (x for x in itertools.repeat(0)), map(str, [1])):
+            self.assertEqual(repr(each), self.payload(each))
+            self.assertEqual([repr(each)], self.payload({each}))
+
+    def test_record_reads_like_a_notification(self):
+        first, second = (parse(unix_notifier._lost_record(7, 'why'))
+                         for _ in range(2))
+        self.assertEqual(KEYS, list(first))
+        self.assertEqual(
+            ('notifications.lost', 'WARN', {'lost': 7, 'reason': 'why'}),
+            (first['event_type'], first['priority'], first['payload']))
+        self.assertNames(first['publisher_id'], socket.gethostname(),
+                         str(os.getpid()))
+        self.assertNotEqual(uuid.UUID(first['message_id']),
+                            uuid.UUID(second['message_id']))
+        datetime.datetime.fromisoformat(first['timestamp'])
+
+
+# -- options ----------------------------------------------------------------
+
+class OptionsTest(TestCase):
+
+    def test_path_alone_is_needed(self):
+        self.assertEqual((self.path, 0o660, None, 64, 8 << 20, False),
+                         tuple(self.make_settings()))
+
+    def test_all_are_read(self):
+        self.assertEqual(
+            (self.path, 0o600, 'users', 2, 65536, True),
+            tuple(self.make_settings(
+                sock_mode='0600', sock_group='users', sock_buffer_size=65536,
+                sock_max_subscribers=2, sock_mask_secrets=True)))
+
+    def test_list_is_a_documented_copy(self):
+        (group, opts), = unix_notifier.list_opts()
+        self.assertEqual((GROUP, [
+            'sock_path', 'sock_mode', 'sock_group', 'sock_max_subscribers',
+            'sock_buffer_size', 'sock_mask_secrets']),
+            (group, [each.name for each in opts]))
+        for each in opts:
+            self.assertRegex(each.help, r'^[A-Z].*\.$')
+            self.assertFalse(each.required)
+        opts.pop().help = 'changed'
+        opts = unix_notifier.list_opts()[0][1]
+        self.assertEqual(6, len(opts))
+        self.assertNotEqual('changed', opts[-1].help)
+
+    def test_registered_already_is_used_as_it_is(self):
+        conf = self.make_conf()
+        conf.register_opts([cfg.StrOpt('sock_path', help='Another help.'),
+                            cfg.BoolOpt('sock_mask_secrets', default=True)],
+                           group=GROUP)
+        for _ in range(2):
+            unix_notifier.register_opts(conf)
+        settings = unix_notifier._read_settings(conf)
+        self.assertEqual((self.path, True),
+                         (settings.path, settings.mask_secrets))
+
+    def test_paths_and_uris_name_a_path(self):
+        longest = '/' + 'x' * 100
+        for text, path in (
+                ('/a/b c', '/a/b c'), ('unix:///a/b', '/a/b'),
+                ('unix:/a/b', '/a/b'), ('unix:///a%20b%3F', '/a b?'),
+                (longest, longest), ('unix://' + longest, longest),
+                ('/' + '\u00e9' * 50, '/' + '\u00e9' * 50)):
+            self.assertEqual(path, unix_notifier._parse_path(text))
+
+    def test_bad_values_are_named_with_their_limits(self):
+        too_long = '/' + 'x' * 101
+        for option, value, texts in (
+                ('sock_path', None, ('not set',)),
+                ('sock_path', '""', ('not set',)),
+                ('sock_path', 'run/s', ("'run/s'", 'absolute')),
+                ('sock_path', 'unix:run/s', ("'unix:run/s'", 'absolute')),
+                ('sock_path', '/run/', ("'/run/'", 'file')),
+                ('sock_path', '/', ("'/'", 'file')),
+                ('sock_path', 'unix:///a%00', ('absolute',)),
+                ('sock_path', too_long, (too_long, '102', '101')),
+                ('sock_path', '/' + '\u00e9' * 51, ('103', '101')),
+                ('sock_path', 'unix://host/s', ('unix://host/s', 'host')),
+                ('sock_path', 'unix:///s?a=b', ('query',)),
+                ('sock_path', 'unix:///s#a', ('fragment',)),
+                ('sock_path', '/run/<service>/s', ('<service>', '$option')),
+                ('sock_path', '/run/%(user)s', ('%(user)s', '$option')),
+                ('sock_path', '/run/{user}', ('{user}', '$option')),
+                ('sock_mode', '0999', ('0999', 'octal', '0777')),
+                ('sock_mode', 'rw', ("'rw'", 'octal', '0777')),
+                ('sock_mode', '-1', ('-1', '0000')),
+                ('sock_mode', '01777', ('01777', '0777')),
+                ('sock_max_subscribers', '0', ('0', '1')),
+                ('sock_max_subscribers', 'many', ('many',)),
+                ('sock_buffer_size', '65535', ('65535', '65536')),
+                ('sock_mask_secrets', 'perhaps', ('perhaps',))):
+            error = self.assertRaises(
+                ValueError, unix_notifier.UnixDriver,
+                self.make_conf(**{option: value}))
+            self.assertNames(error, option, *texts)
+        self.assertEqual([], os.listdir(self.dir))
+
+
+# -- the lock and the socket file -------------------------------------------
+
+class LockTest(TestCase):
+
+    def held(self):
+        lock = unix_notifier._Lock(self.path)
+        self.addCleanup(lock.close)
+        lock.acquire()
+        return lock
+
+    def assertNotAcquired(self, error_type, *texts):
+        """Refused for a reason that is named; no descriptor is left open."""
+        lock, before = unix_notifier._Lock(self.path), open_files()
+        error = self.assertRaises(error_type, lock.acquire)
+        self.assertNames(error, *texts)
+        self.assertEqual(before, open_files())
+        self.assertEqual((None, False), (lock.fd, lock.intact()))
+        return error.errno
+
+    def test_free_lock_is_the_owners_alone(self):
+        lock = self.held()
+        self.assertTrue(lock.intact())
+        self.assertEqual(0o600, stat.S_IMODE(os.stat(self.path).st_mode))
+        self.assertFalse(os.get_inheritable(lock.fd))
+
+    def test_held_lock_names_its_holder(self):
+        lock = self.held()
+        self.assertNotAcquired(BlockingIOError, 'unknown', self.path)
+        lock.write([])
+        self.assertEqual(errno.EAGAIN, self.assertNotAcquired(
+            BlockingIOError, 'process %d' % os.getpid(), self.path))
+
+    def test_closed_lock_is_free_and_stays(self):
+        self.held().close()
+        self.assertTrue(os.path.exists(self.path))
+        self.assertTrue(self.held().intact())
+
+    def test_neither_other_descriptors_nor_children_free_it(self):
+        lock = self.held()
+        touch(self.path)
+        self.assertEqual('', in_child(lock.close))
+        self.assertNotAcquired(BlockingIOError)
+
+    def test_record_comes_back(self):
+        lock = self.held()
+        lock.write([types.SimpleNamespace(path=self.path, identity=[1, 2])])
+        lock.write([])      # forgets nothing
+        self.assertEqual({'pid': os.getpid(), self.path: [1, 2]}, lock.read())
+
+    def test_garbage_reads_as_nothing(self):
+        lock = self.held()
+        for garbage in (b'', b'\xff\xfe', b'{"pid": 1', b'[1]', b'7', b'null',
+                        b'"text"', b'[[[], 1]]', b'x' * 9000):
+            os.ftruncate(lock.fd, 0)
+            os.pwrite(lock.fd, garbage, 0)
+            self.assertEqual({}, lock.read())
+        lock.write([])
+        self.assertEqual({'pid': os.getpid()}, lock.read())
+
+    def test_links_are_refused(self):
+        target = os.path.join(self.dir, 'target')
+        os.symlink(target, self.path)
+        self.assertEqual(errno.ELOOP,
+                         self.assertNotAcquired(OSError, self.path))
+        self.assertFalse(os.path.exists(target))
+        os.unlink(self.path)
+        touch(target)
+        os.link(target, self.path)
+        self.assertNotAcquired(OSError, 'one link', self.path)
+
+    def test_what_is_no_file_is_refused(self):
+        os.mkfifo(self.path)
+        self.assertNotAcquired(OSError, 'regular', self.path)
+        os.unlink(self.path)
+        os.mkdir(self.path)
+        self.assertNotAcquired(IsADirectoryError, self.path)
+
+    @as_root
+    def test_foreign_lock_is_refused(self):
+        touch(self.path)
+        os.chown(self.path, 1, -1)
+        self.assertNotAcquired(PermissionError, 'uid 1', self.path)
+        # The same for a service, whose directory this is.
+        os.chmod(self.path, 0o666)
+        os.chown(self.dir, NOBODY, -1)
+        os.chmod(os.path.dirname(self.dir), 0o755)
+        with as_uid(NOBODY):
+            self.assertNotAcquired(PermissionError, 'uid 1', self.path)
+
+    @as_root
+    def test_root_creates_nothing_in_a_services_directory(self):
+        os.chown(self.dir, NOBODY, -1)
+        self.assertNotAcquired(PermissionError, 'uid %d' % NOBODY, self.dir)
+        self.assertEqual([], os.listdir(self.dir))
+        # The other way round is fine.
+        os.chown(self.dir, 0, -1)
+        os.chmod(self.dir, 0o777)
+        os.chmod(os.path.dirname(self.dir), 0o755)
+        with as_uid(NOBODY):
+            self.held()
+
+    def test_missing_directory_is_named(self):
+        os.rmdir(self.dir)
+        self.assertNotAcquired(FileNotFoundError, self.dir)
+        os.mkdir(self.dir)
+
+    def test_replaced_before_flock_is_let_go(self):
+        def replace_first(fd, operation, flock=fcntl.flock):
+            os.unlink(self.path)
+            touch(self.path)
+            flock(fd, operation)
+
+        self.patch('fcntl.flock', replace_first)
+        self.assertNotAcquired(FileNotFoundError, 'replaced', self.path)
+
+    def test_replaced_while_held_is_noticed(self):
+        lock = self.held()
+        os.rename(self.path, self.path + '.old')
+        self.assertFalse(lock.intact())
+        self.assertTrue(self.held().intact())
+        self.assertFalse(lock.intact())
+
+
+class BoundTest(TestCase):
+
+    def bind(self, mode=0o660, gid=None):
+        bound = unix_notifier._bind(
+            unix_notifier._unix_socket(), self.path, mode, gid)
+        self.addCleanup(bound.sock.close)
+        return bound
+
+    def test_nobody_slips_in_before_mode_and_group_are_set(self):
+        groups, chmod = [], os.chmod
+
+        def spy(path, mode):
+            self.assertRefused(path)
+            groups.append(os.stat(path).st_gid)
+            chmod(path, mode)
+
+        self.patch('os.chmod', spy)
+        gid = os.getgid() if os.geteuid() else 12345
+        bound = self.bind(0o604, gid)
+        self.assertRefused(self.path)
+        info = os.stat(self.path)
+        self.assertEqual((0o604, gid, [gid], unix_notifier._identity(info)), (
+            stat.S_IMODE(info.st_mode), info.st_gid, groups, bound.identity))
+        bound.sock.listen()
+        self.connect()
+
+    def test_umask_is_neither_used_nor_touched(self):
+        self.addCleanup(os.umask, os.umask(0o077))
+        with fixtures.MonkeyPatch('os.umask', None):
+            self.bind(0o666)
+        self.assertEqual(0o666, stat.S_IMODE(os.stat(self.path).st_mode))
+        self.assertEqual(0o077, os.umask(0o077))
+
+    def test_failure_leaves_nothing_and_names_the_path(self):
+        os.chmod(self.dir, 0o777)
+        os.chmod(os.path.dirname(self.dir), 0o755)
+        with as_uid(os.geteuid() or NOBODY):
+            before = open_files()
+            error = self.assertRaises(PermissionError, self.bind, 0o660, 1)
+            self.assertNames(error, self.path)
+            self.assertEqual([], os.listdir(self.dir))
+            self.path = os.path.join(self.dir, 'missing', 's')
+            error = self.assertRaises(FileNotFoundError, self.bind)
+            self.assertNames(error, self.path)
+            self.assertEqual(before, open_files())
+
+    def test_unlink_removes_only_our_own(self):
+        bound = self.bind()
+        self.assertTrue(bound.intact())
+        for _ in range(2):
+            bound.unlink()
+            self.assertFalse(bound.intact() or os.path.exists(self.path))
+        successor = self.bind()
+        self.assertFalse(bound.intact())
+        bound.unlink()
+        self.assertTrue(successor.intact())
+        with fixtures.MonkeyPatch('os.unlink', os.rmdir):   # not permitted
+            successor.unlink()
+
+    def test_group_is_a_name_or_a_number(self):
+        mine = grp.getgrgid(os.getgid())
+        self.assertIsNone(unix_notifier._gid(None))
+        self.assertEqual(4711, unix_notifier._gid('4711'))
+        self.assertEqual(mine.gr_gid, unix_notifier._gid(mine.gr_name))
+        for bad in ('no-such-group', '-1', '4294967295', '4294967296',
+                    '\u00b2', ' '):
+            error = self.assertRaises(OSError, unix_notifier._gid, bad)
+            self.assertNames(error, 'sock_group', bad)
+
+
+class ClearTest(TestCase):
+
+    def identity(self):
+        return unix_notifier._identity(os.lstat(self.path))
+
+    def assertKept(self, number, left=None):
+        before = os.lstat(self.path)
+        error = self.assertRaises(
+            OSError, unix_notifier._clear, self.path, left)
+        self.assertEqual((number, self.path), (error.errno, error.filename))
+        self.assertEqual(before, os.lstat(self.path))
+
+    def test_stale_socket_goes(self):
+        unix_notifier._clear(self.path, None)   # nothing is fine, too
+        for left in (lambda: None, lambda: [1, 2, 3], self.identity):
+            listen(self.path).close()
+            unix_notifier._clear(self.path, left())
+            self.assertEqual([], os.listdir(self.dir))
+
+    def test_what_is_no_socket_stays(self):
+        touch(self.path)
+        self.assertKept(errno.EEXIST)
+        # Not even if it has the number of the socket that was here.
+        self.assertKept(errno.EEXIST, self.identity())
+        os.unlink(self.path)
+        listen(self.path + '2').close()
+        os.symlink(self.path + '2', self.path)
+        self.assertKept(errno.EEXIST)
+
+    def test_foreign_live_socket_stays(self):
+        with listen(self.path, 0):
+            self.assertKept(errno.EADDRINUSE)
+            # Even if it got the inode of one of ours, or is kept busy.
+            device, inode, ctime = self.identity()
+            self.assertKept(errno.EADDRINUSE, [device, inode, ctime - 1])
+            for _ in range(3):
+                client = socket.socket(socket.AF_UNIX)
+                self.addCleanup(client.close)
+                client.setblocking(False)
+                client.connect_ex(self.path)
+            self.assertKept(errno.EADDRINUSE)
+        os.unlink(self.path)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.bind(self.path)
+            self.assertKept(errno.EADDRINUSE)
+
+    def test_dead_leaders_socket_that_a_child_answers_goes(self):
+        with listen(self.path):     # as a forked child still does
+            unix_notifier._clear(self.path, self.identity())
+        self.assertEqual([], os.listdir(self.dir))
+
+
+# -- the backlog ------------------------------------------------------------
+
+class BacklogTest(TestCase):
+
+    def chunks(self, backlog, chunk):
+        while chunk is not backlog.tail:
+            yield chunk
+            chunk = chunk.next
+
+    def test_lines_are_joined_up_to_a_limit(self):
+        self.patch('_CHUNK_MAX', 100)
+        backlog = unix_notifier._Backlog(0)
+        head = backlog.tail
+        backlog.extend([])
+        self.assertIs(head, backlog.tail)
+        lines = [b'x' * size + b'\n' for size in
+                 (9, 9, 79, 1, 99, 100, 500, 0, 0, 98, 1, 97)]
+        backlog.extend(lines)
+        chunks = list(self.chunks(backlog, head))
+        self.assertEqual(b''.join(lines), b''.join(
+            each.data for each in chunks))
+        self.assertEqual([3, 1, 1, 1, 1, 2, 1, 2],
+                         [each.lines for each in chunks])
+
+    def test_counts_add_up(self):
+        backlog = unix_notifier._Backlog(0)
+        head = backlog.tail
+        backlog.extend([b'1\n', b'2\n'])
+        backlog.append(b'lost\n', 0, 5)
+        backlog.extend([b'3\n'])
+        self.assertEqual([(0, 2, 0), (2, 0, 5), (7, 1, 0)], [
+            (each.first, each.lines, each.lost)
+            for each in self.chunks(backlog, head)])
+        self.assertEqual(8, backlog.tail.first)
+        self.assertEqual(11 + 3 * unix_notifier._CHUNK_COST,
+                         backlog.behind(head))
+        self.assertEqual(0, backlog.behind(backlog.tail))
+
+
+class SubscriberTest(TestCase):
+
+    def make(self, limit=1 << 30):
+        backlog = unix_notifier._Backlog(limit)
+        subscriber = unix_notifier._Subscriber(FakeSocket(), backlog, 'who')
+        return subscriber, subscriber.sock, backlog
+
+    def drain(self, subscriber):
+        """Send all that is pending; all messages that were sent."""
+        while subscriber.pending():
+            subscriber.sock.room = 1 << 30
+            subscriber.flush()
+        return [parse(each)
+                for each in bytes(subscriber.sock.data).splitlines(True)]
+
+    def test_any_traffic_is_accounted_for(self):
+        self.patch('_CHUNK_MAX', 600)
+        for seed in range(120):
+            self._random_traffic(random.Random(seed))
+
+    def _random_traffic(self, rng):
+        subscriber, sock, backlog = self.make(rng.choice((0, 1000, 6000)))
+        total = 0
+        for _ in range(80):
+            action = rng.randrange(10)
+            if action < 3:
+                count = rng.randrange(4)
+                backlog.extend([line(total + n, rng.choice((0, 99, 900)))
+                                for n in range(count)])
+                total += count
+            elif action < 4:
+                backlog.append(unix_notifier._lost_record(3, 'full'), 0, 3)
+                total += 3
+            elif action < 6:
+                before = subscriber.skipped
+                self.assertEqual(subscriber.trim(backlog),
+                                 subscriber.skipped > before)
+            elif subscriber.pending():
+                sock.room = rng.choice((0, 1, 30, 170, 400, 3000))
+                before = len(sock.data)
+                subscriber.flush()
+                self.assertEqual(subscriber.blocked, len(sock.data) - before
+                                 < sock.offers[-1][1])
+            self.assertEqual(
+                total, subscriber.lines + subscriber.lost + subscriber.skipped
+                + backlog.tail.first - subscriber.chunk.first)
+        messages = self.drain(subscriber)
+        self.assertEqual(total, account(messages))
+        self.assertEqual((sum(lost(messages)), total, 0), (
+            subscriber.lost, subscriber.lost + subscriber.lines,
+            subscriber.skipped))
+
+    def test_partial_send_resumes_where_it_stopped(self):
+        subscriber, sock, backlog = self.make()
+        backlog.extend([line(0), line(1)])
+        backlog.extend([line(2)])
+        size = len(line(0))
+        for room, received in ((1, 0), (size - 1, 1), (3, 1),
+                               (2 * size - 4, 2)):
+            sock.room = room
+            subscriber.flush()
+            self.assertTrue(subscriber.blocked)
+            self.assertEqual(received, subscriber.received())
+        self.assertEqual(3, account(self.drain(subscriber)))
+        self.assertFalse(subscriber.blocked)
+
+    def test_half_sent_line_goes_whole_before_the_record(self):
+        backlog = unix_notifier._Backlog(0)
+        subscriber, peer = make_clogged_subscriber(backlog)
+        for number in range(1, 5):
+            backlog.extend([line(number)])
+        self.assertTrue(subscriber.trim(backlog))
+        self.assertFalse(subscriber.trim(backlog))
+        data = b''
+        while data.count(b'\n') < 3:
+            data += peer.recv(1 << 20)
+            if subscriber.pending():
+                subscriber.flush()
+        messages = [parse(each) for each in data.splitlines(True)]
+        self.assertEqual((5, [3]), (account(messages), lost(messages)))
+        self.assertEqual('subscriber too slow',
+                         messages[1]['payload']['reason'])
+        self.assertEqual((2, 3), (subscriber.lines, subscriber.lost))
+
+    def test_skipped_record_counts_what_it_stands_for(self):
+        subscriber, sock, backlog = self.make(0)
+        backlog.append(unix_notifier._lost_record(41, 'full'), 0, 41)
+        backlog.extend([line(41)])
+        backlog.extend([line(42)])
+        self.assertTrue(subscriber.trim(backlog))
+        messages = self.drain(subscriber)
+        self.assertEqual((43, [42]), (account(messages), lost(messages)))
+
+    def test_half_sent_record_goes_whole(self):
+        subscriber, sock, backlog = self.make(0)
+        backlog.append(unix_notifier._lost_record(3, 'full'), 0, 3)
+        sock.room = 5
+        subscriber.flush()
+        backlog.extend([line(3)])
+        backlog.extend([line(4)])
+        subscriber.trim(backlog)
+        # So does one that was made for what was skipped.
+        sock.room = len(subscriber.head) - 5 + 7
+        subscriber.flush()
+        subscriber.flush()
+        backlog.extend([line(5)])
+        subscriber.trim(backlog)
+        messages = self.drain(subscriber)
+        self.assertEqual((6, [3, 1, 1]), (account(messages), lost(messages)))
+
+    def test_line_larger_than_the_buffer_reaches_who_is_ready(self):
+        subscriber, sock, backlog = self.make(1000)
+        backlog.extend([line(0, 5000)])
+        self.assertFalse(subscriber.trim(backlog))
+        sock.room = 100
+        subscriber.flush()
+        backlog.extend([line(1, 5000)])
+        # Half sent as it is, it goes whole; the newest one is kept.
+        self.assertFalse(subscriber.trim(backlog))
+        messages = self.drain(subscriber)
+        self.assertEqual((2, []), (account(messages), lost(messages)))
+
+    def test_within_the_buffer_nothing_is_skipped(self):
+        chunk = len(line(0)) + unix_notifier._CHUNK_COST
+        subscriber, sock, backlog = self.make(3 * chunk)
+        for number in range(3):
+            backlog.extend([line(number)])
+        self.assertFalse(subscriber.trim(backlog))
+        backlog.extend([line(3)])
+        self.assertTrue(subscriber.trim(backlog))
+        self.assertEqual([1], lost(self.drain(subscriber)))
+
+    def test_one_send_is_bounded(self):
+        self.patch('_CHUNK_MAX', 4096)
+        subscriber, sock, backlog = self.make()
+        backlog.extend([line(0, 1000)] * 3000)
+        for _ in range(2000):
+            backlog.append(b'2\n', 1)
+        self.drain(subscriber)
+        buffers, sizes = zip(*sock.offers)
+        self.assertTrue(100 < max(buffers) < 1024)      # IOV_MAX
+        self.assertTrue(0.5 < max(sizes) / unix_notifier._SEND_MAX < 1.1)
+
+    def test_what_was_sent_is_freed(self):
+        subscriber, sock, backlog = self.make()
+        first = subscriber.chunk
+        backlog.extend([line(0)])
+        references = sys.getrefcount(first)
+        self.drain(subscriber)
+        self.assertEqual(references - 1, sys.getrefcount(first))
+        self.assertIs(backlog.tail, subscriber.chunk)
+
+    def peers(self):
+        ours, peer = socket.socketpair()
+        ours.setblocking(False)
+        self.addCleanup(ours.close)
+        self.addCleanup(peer.close)
+        return unix_notifier._Subscriber(
+            ours, unix_notifier._Backlog(0), 'who'), peer
+
+    def test_what_the_peer_sends_is_discarded_up_to_a_limit(self):
+        subscriber, peer = self.peers()
+        self.assertIsNone(subscriber.listen())
+        for _ in range(64):
+            peer.send(b'x' * 1024)
+            self.assertIsNone(subscriber.listen())
+        peer.send(b'x')
+        self.assertIn('65536', subscriber.listen())
+
+    def test_half_closed_peer_stays(self):
+        subscriber, peer = self.peers()
+        self.assertEqual(selectors.EVENT_READ, subscriber.wanted())
+        peer.shutdown(socket.SHUT_WR)
+        self.assertIsNone(subscriber.listen())
+        self.assertEqual(0, subscriber.wanted())    # else it would spin
+        self.assertTrue(subscriber.alive())
+        peer.close()
+        self.assertFalse(subscriber.alive())
+
+    def test_gone_peer_is_noticed(self):
+        for unread in (b'', b'x'):
+            subscriber, peer = self.peers()
+            subscriber.sock.send(unread)
+            peer.close()
+            self.assertEqual('it is gone', subscriber.listen())
+        self.assertEqual((os.getpid(), os.geteuid()),
+                         unix_notifier._peer(subscriber.sock))
+
+
+# -- the loop's helpers -----------------------------------------------------
+
+class EventTest(TestCase):
+
+    def test_set_is_readable_until_cleared(self):
+        event = unix_notifier._Event()
+        for times in (0, 1, 100):
+            for _ in range(times):
+                event.set()
+            self.assertEqual(bool(times),
+                             bool(select.select([event], [], [], 0)[0]))
+            event.clear()
+        self.assertEqual([], select.select([event], [], [], 0)[0])
+
+    def test_descriptor_is_private_and_goes_with_it(self):
+        before = open_files()
+        event = unix_notifier._Event()
+        self.assertFalse(os.get_inheritable(event.fileno()))
+        del event
+        self.assertEqual(before, open_files())
+
+
+class GateTest(TestCase):
+
+    def test_look_finds_who_waits(self):
+        self.assertFalse(unix_notifier._Gate().look())
+        with listen(self.path) as sock:
+            gate = unix_notifier._Gate((sock.fileno(),))
+            self.assertFalse(gate.look())
+            self.connect()
+            self.assertTrue(gate.look())
+            sock.accept()[0].close()
+            self.assertFalse(gate.look())
+
+    def test_poll_objects_are_spared_but_not_shared(self):
+        gate, found = unix_notifier._Gate(), []
+        gate.look()
+        poller, = gate._spare
+
+        def poll(timeout):
+            found.append(list(gate._spare))     # what another thread finds
+            return poller.poll(timeout)
+
+        gate._spare[0] = types.SimpleNamespace(poll=poll)
+        gate.look()
+        self.assertEqual(([[]], 1), (found, len(gate._spare)))
+
+    def test_poll_is_there_under_monkey_patching(self):
+        # As eventlet does.
+        self.useFixture(fixtures.MonkeyPatch(
+            'select.poll', fixtures.MonkeyPatch.delete))
+        self.assertEqual([], unix_notifier._private_select().poll().poll(0))
+        self.assertFalse(hasattr(select, 'poll'))
+        self.assertIsNot(select, unix_notifier._select)
+
+
+class BackoffTest(TestCase):
+
+    def test_delay_doubles_to_a_second_with_jitter(self):
+        backoff, shares = unix_notifier._Backoff(), set()
+        self.assertIsNone(backoff.at)
+        for delay in (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1, 1, 1):
+            with fixtures.MonkeyPatch('time.monotonic', lambda: 100):
+                backoff.fail()
+            self.assertEqual(delay, backoff.delay)
+            shares.add((backoff.at - 100) / delay)
+        self.assertTrue(0.49 < min(shares) < 0.95 < 1.01 > max(shares))
+        backoff.clear()
+        self.assertIsNone(backoff.at)
+        backoff.fail()
+        self.assertEqual(0.01, backoff.delay)
+
+
+class HubCase(TestCase):
+
+    def make_hub(self, served=True, **options):
+        hub = SteppedHub(self.make_settings(**options))
+        self.addCleanup(hub.finish)
+        hub._turn(0)
+        self.assertEqual(served, hub._bound is not None)
+        return hub
+
+    def start_hub(self, **options):
+        """A hub with its thread, and a client."""
+        hub = unix_notifier._Hub(self.make_settings(**options))
+        self.addCleanup(hub.close)
+        hub.start()
+        wait_until(lambda: hub._bound)
+        client = self.connect()
+        wait_until(lambda: hub._subscribers)
+        return hub, client
+
+    def script(self, hub, *steps):
+        hub._bound.sock = FakeListener(hub._bound.sock, steps)
+        return hub._bound.sock
+
+    def pump(self, hub, client, total, first=0):
+        """Turn until the client has what was emitted, all in its place."""
+        def done():
+            hub._turn(0)
+            return account(client.read(), first) == total
+
+        wait_until(done)
+
+    def run_threads(self, targets):
+        threads = [threading.Thread(target=each) for each in targets]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join(WAIT)
+            self.assertFalse(each.is_alive())
+
+    def assertServed(self, hub, *clients):
+        """The next notification reaches them."""
+        text = str(uuid.uuid4())
+        hub.emit(message(text))
+        hub._turn(0)
+        for each in clients:
+            self.assertEqual(text, each.read()[-1]['payload'])
+
+    def assertQueued(self, hub, count):
+        self.assertEqual(count, len(hub._queue))
+
+
+class StartTest(HubCase):
+
+    """Hub: who gets what from when on."""
+
+    def test_while_nobody_listens_nothing_is_even_serialized(self):
+        hub = self.make_hub()
+        self.patch('_encode', none_left)
+        self.emit(hub, range(3))
+        self.assertQueued(hub, 0)
+        self.assertEqual(0, hub.starts)
+
+    def test_forty_threads_may_look_at_once(self):
+        hub, failures = self.make_hub(), []
+        self.switch_threads_often()
+
+        def notify():
+            try:
+                self.emit(hub, range(100))
+            except Exception as error:
+                failures.append(error)
+
+        self.run_threads([notify] * 40)
+        self.assertEqual([], failures)
+        self.assertQueued(hub, 0)
+
+    def test_connect_before_notify_is_the_start(self):
+        hub = self.make_hub()
+        self.emit(hub, [7])
+        client = self.connect()
+        self.emit(hub, range(3))
+        hub._turn(0)
+        self.assertEqual(3, account(client.read()))
+
+    def emit_while_looking(self, hub, hook):
+        """Emit; call the hook when the look has found nothing."""
+        gate, look = hub._gate, hub._gate.look
+
+        def hooked():
+            gate.look = look
+            self.assertFalse(look())
+            hook()
+            return False
+
+        gate.look = hooked
+        self.emit(hub, range(1))
+        hub._turn(0)
+
+    def test_gate_opened_after_the_look_is_seen(self):
+        hub, clients = self.make_hub(), []
+        self.emit_while_looking(
+            hub, lambda: clients.append(self.connect(hub)))
+        self.assertEqual(1, account(clients[0].read()))
+
+    def test_gate_replaced_after_the_look_is_looked_at(self):
+        hub, clients = self.make_hub(), []
+        gate = hub._gate
+
+        def rebind():
+            os.unlink(self.path)
+            hub.look_again()
+            gate.open = False   # whatever it said last
+            clients.append(self.connect())
+
+        self.emit_while_looking(hub, rebind)
+        self.assertEqual(1, account(clients[0].read()))
+
+    def test_gate_is_replaced_before_its_listener_closes(self):
+        hub, looked_at, close = self.make_hub(), [], SteppedHub._close_listener
+        client = self.connect(hub)
+
+        def spy(bound):
+            looked_at.append(bound.sock.fileno() in hub._gate._filenos)
+            self.emit(hub, range(1))
+            close(hub, bound)
+
+        hub._close_listener = spy
+        os.unlink(self.path)
+        hub.look_again()
+        self.assertEqual([False], looked_at)
+        self.assertEqual((hub._bound.sock.fileno(),), hub._gate._filenos)
+        hub._turn(0)
+        self.assertEqual(1, account(client.read()))
+        del hub._close_listener
+
+    def test_gate_is_open_before_the_first_is_accepted(self):
+        # Once accepted it is no longer in the kernel's queue, nor yet in ours.
+        hub = self.make_hub()
+        self.script(hub, lambda: self.emit(hub, range(1)))
+        client = self.connect(hub)
+        hub._turn(0)
+        self.assertEqual(1, account(client.read()))
+
+    def test_what_comes_after_the_snapshot_waits_a_turn(self):
+        hub, accept, late = self.make_hub(), SteppedHub._accept, []
+
+        def accept_then_another_connects():
+            accept(hub)
+            if not late:
+                late.append(self.connect())
+                self.emit(hub, range(1))
+
+        hub._accept = accept_then_another_connects
+        first = self.connect(hub)
+        hub._turn(0)
+        for each in first, late[0]:
+            self.assertEqual(1, account(each.read()))
+
+    def test_gate_is_open_while_anybody_is_there(self):
+        hub = self.make_hub()
+        clients = [self.connect(hub), self.connect(hub)]
+        for each in clients:
+            self.assertTrue(hub._gate.open)
+            each.sock.close()
+            hub._turn(0)
+        self.assertFalse(hub._gate.open)
+
+
+class QueueTest(HubCase):
+
+    """Hub: from the queue to the subscribers, and what is lost on the way."""
+
+    def test_everybody_gets_everything_in_order(self):
+        hub = self.make_hub(sock_buffer_size=16 << 20)
+        clients = [self.connect(hub) for _ in range(3)]
+        self.emit(hub, range(20))
+        # More than the kernel holds.
+        self.emit(hub, range(20, 22), size=3 << 20)
+        clients.append(self.connect())  # gets what is on its way, too
+        self.emit(hub, range(22, 25))
+        hub._turn(0)
+        one, other = list(hub._subscribers)[:2]
+        self.assertIs(one.chunk.data, other.chunk.data)     # one copy for all
+        for each in clients:
+            self.pump(hub, each, 25)
+            self.assertEqual([], lost(each.messages))
+
+    def test_notification_larger_than_the_buffer_arrives(self):
+        hub = self.make_hub()
+        client = self.connect(hub)
+        self.emit(hub, range(1), size=12 << 20)
+        self.emit(hub, range(1, 2))     # no room is left
+        self.pump(hub, client, 2)
+        self.emit(hub, range(2, 3))
+        self.pump(hub, client, 3)
+        self.assertEqual([1], lost(client.messages))
+
+    def test_line_that_nobody_would_take_is_lost(self):
+        self.patch('_LINE_MAX', 1000)
+        hub = self.make_hub()
+        client = self.connect(hub)
+        self.emit(hub, range(1), size=1000)
+        self.pump(hub, client, 1)
+        self.assertEqual([1], lost(client.messages))
+
+    def test_full_queue_leaves_records_at_their_places(self):
+        hub = self.make_hub(sock_buffer_size=65536)
+        client = self.connect(hub)
+        for first in (0, 100, 200):
+            self.emit(hub, range(first, first + 100))
+            hub._turn(0)
+        self.emit(hub, range(300, 301))
+        self.pump(hub, client, 301)
+        self.assertEqual([36] * 3, lost(client.messages))
+        self.assertEqual({None, 'queue full'}, {
+            each['payload'].get('reason') for each in client.messages})
+        self.emit(hub, range(301, 401), size=3000)      # bounded in bytes
+        self.assertLess(sum(map(len, filter(None, hub._queue))), 65536 + 4096)
+        self.pump(hub, client, 401)
+
+    def test_two_gaps_at_once_count_once_and_in_place(self):
+        hub = self.make_hub(sock_buffer_size=65536)
+        client = self.connect(hub)
+        self.emit(hub, range(65))
+        hub._gap = None     # as a second thread may have read it
+        hub.drop()
+        gaps = [place for place, each in enumerate(hub._queue)
+                if each is not None and not each]
+        self.assertEqual(2, len(gaps))
+        hub._take(gaps[0] + 1, [])  # the loop's snapshot was in between
+        self.emit(hub, range(66, 140))
+        self.pump(hub, client, 140)
+
+    def test_nothing_is_queued_behind_an_open_gap(self):
+        hub = self.make_hub(sock_buffer_size=65536)
+        client, encode = self.connect(hub), unix_notifier._encode
+        self.emit(hub, range(65))
+        hub._take(64, [])   # the loop's snapshot was before the gap
+        self.emit(hub, range(65, 140))
+        self.pump(hub, client, 140)
+
+        def another_thread_drops(notification, mask):
+            hub.drop()
+            return encode(notification, mask)
+
+        with fixtures.MonkeyPatch('unix_notifier._encode',
+                                  another_thread_drops):
+            self.emit(hub, [140])
+        self.pump(hub, client, 142)
+        self.assertEqual([76, 2], lost(client.messages))
+
+    def test_what_was_lost_while_nobody_was_there_is_not_told(self):
+        hub = self.make_hub(sock_buffer_size=65536)
+        hub._set_open(True)
+        self.emit(hub, range(80))
+        hub._turn(0)
+        client = self.connect(hub)
+        self.emit(hub, range(70))
+        self.pump(hub, client, 70)
+        self.assertEqual([6], lost(client.messages))
+
+    def test_publisher_far_ahead_gives_way_unless_sleep_is_patched(self):
+        hub, slept = self.make_hub(sock_buffer_size=65536), []
+        self.connect(hub)
+        # eventlet's is a plain function, and would switch green threads.
+        for sleep, times in ((lambda delay: slept.append(delay), 0),
+                             (slept.append, 27)):
+            self.patch('time.sleep', sleep)
+            self.emit(hub, range(60))
+            self.assertEqual(times, len(slept))
+            hub._turn(0)
+
+    def test_laggard_loses_its_oldest_and_nobody_else_does(self):
+        hub = self.make_hub(sock_buffer_size=65536)
+        slow, fast = self.connect(hub), self.connect(hub)
+        laggard = next(iter(hub._subscribers))
+        for number in range(2000):
+            self.emit(hub, [number], size=1000)
+            hub._turn(0)
+            fast.read()
+            self.assertLess(hub._backlog.behind(laggard.chunk), 65536 + 2048)
+        self.assertEqual((2000, []), (account(fast.messages),
+                                      lost(fast.messages)))
+        who = 'pid %d, uid %d' % (os.getpid(), os.geteuid())
+        self.assertLogged(
+            'WARNING MainThread Notifications on %s: subscriber lags by more '
+            'than 65536 bytes and loses notifications: %s' % (self.path, who))
+        self.assertLogged('caught up', 0)
+        self.emit(hub, [2000])
+        for each in slow, fast:
+            self.pump(hub, each, 2001)
+        gaps = sum(lost(slow.messages))
+        self.assertGreater(gaps, 1500)
+        self.assertLogged('lags by')
+        self.assertLogged('caught up: %s; it lost %d notif' % (who, gaps))
+        # The next time it counts anew.
+        fast.sock.close()
+        for number in range(2001, 2500):
+            self.emit(hub, [number], size=1000)
+            hub._turn(0)
+        self.pump(hub, slow, 2500)
+        self.assertLogged('lags by', 2)
+        self.assertLogged('it lost %d notif' % (
+            sum(lost(slow.messages)) - gaps))
+
+    def test_many_threads_lose_nothing_in_silence(self):
+        self.switch_threads_often()
+        hub, client = self.start_hub(sock_buffer_size=65536)
+
+        def publish(thread):
+            for number in range(600):
+                hub.emit(message({'n': number, 'thread': thread}))
+
+        def read():
+            while sum(each['payload'].get('lost', 1)
+                      for each in client.messages) < 8 * 600:
+                client.wait(len(client.messages) + 1)
+
+        self.run_threads([functools.partial(publish, each)
+                          for each in range(8)] + [read])
+        expected, seen, gap = [0] * 8, [-1] * 8, -1
+        for place, each in enumerate(client.messages):
+            if 'lost' in each['payload']:
+                gap = place
+                continue
+            number, thread = each['payload'].values()
+            self.assertGreaterEqual(number, expected[thread])
+            if number > expected[thread]:
+                # What it lost was told at its place; but others may have
+                # been about to queue a line when the gap was opened.
+                self.assertGreater(gap, seen[thread] - 8)
+            expected[thread], seen[thread] = number + 1, place
+
+
+class WakeTest(HubCase):
+
+    """Hub: the loop sleeps, and no line is left lying meanwhile."""
+
+    def make_woken_hub(self, hub_class=SteppedHub, **options):
+        hub = hub_class(self.make_settings(**options))
+        self.addCleanup(hub.finish)
+        hub._waker = unix_notifier._Event()
+        hub._turn(0)
+        return hub, self.connect(hub)
+
+    def assertPromptTurn(self, hub, client):
+        before = time.monotonic()
+        hub._turn(WAIT)
+        self.assertLess(time.monotonic() - before, PROMPT)
+        self.assertEqual(1, account(client.read()))
+
+    def test_line_between_flag_and_sleep_wakes(self):
+        hub, client = self.make_woken_hub()
+        select_now = hub._selector.select
+
+        def spy(timeout):
+            if timeout:
+                self.emit(hub, range(1))
+            return select_now(timeout)
+
+        hub._selector.select = spy
+        self.assertPromptTurn(hub, client)
+
+    def test_line_before_the_flag_is_up_is_seen(self):
+        class Hub(SteppedHub):
+            before = ()
+
+            def __setattr__(self, name, value):
+                if name == '_asleep' and value and self.before:
+                    self.before.pop()()
+                super().__setattr__(name, value)
+
+        hub, client = self.make_woken_hub(Hub)
+        hub.before = [lambda: self.emit(hub, range(1))]
+        self.assertPromptTurn(hub, client)
+
+    def test_loop_is_woken_once_and_only_if_it_sleeps(self):
+        hub, _ = self.make_woken_hub()
+        self.emit(hub, range(5))
+        self.assertEqual([], select.select([hub._waker], [], [], 0)[0])
+        hub._asleep = True
+        self.emit(hub, range(5))
+        self.assertEqual(1, os.eventfd_read(hub._waker.fileno()))
+
+    def test_rest_is_sent_without_a_wait(self):
+        hub, client = self.make_woken_hub(sock_buffer_size=65536)
+        for number in range(600):
+            self.emit(hub, [number], size=1000)
+            hub._turn(0)
+        before = time.monotonic()
+        while account(client.read()) < 600:
+            hub._turn(WAIT)
+        self.assertLess(time.monotonic() - before, PROMPT)
+
+    def test_idle_loop_waits_for_ever(self):
+        hub, timeouts = self.make_hub(), []
+        self.connect(hub)
+        hub._turn(0)
+        hub._selector.select = lambda timeout: timeouts.append(timeout) or []
+        hub._turn()
+        del hub._selector.select
+        self.assertIsNone(timeouts[0])
+
+    def test_no_wake_up_is_missed(self):
+        self.switch_threads_often()
+        hub, client = self.start_hub()
+        for number in range(600):
+            sys.setswitchinterval((1e-6, 1e-4, 5e-3)[number % 3])
+            self.emit(hub, [number])
+            self.assertEqual(number + 1, account(client.wait(number + 1)))
+
+    def test_thread_that_could_not_start_is_tried_again(self):
+        hub = unix_notifier._Hub(self.make_settings())
+        self.addCleanup(hub.close)
+        with fixtures.MonkeyPatch('threading.Thread.start', none_left):
+            self.emit(hub, range(1))
+        self.emit(hub, range(1))
+        wait_until(lambda: hub._bound)
+
+    def test_surprise_in_the_loop_is_logged_and_survived(self):
+        self.patch('_Backoff.MAX', 0.01)
+        hub, client = self.start_hub()
+        failures = [ZeroDivisionError()] * 3
+
+        def flush():
+            if failures:
+                raise failures.pop()
+            unix_notifier._Hub._flush(hub)
+
+        hub._flush = flush
+        self.emit(hub, range(1))
+        wait_until(lambda: hub._wake() or not failures)
+        self.assertEqual(1, account(client.wait(1)))
+        self.assertLogged('Traceback')
+
+
+class AcceptTest(HubCase):
+
+    """Hub: who comes and goes."""
+
+    def test_coming_and_going_is_logged(self):
+        hub = self.make_hub(sock_mode='0606')
+        client = self.connect(hub)
+        self.emit(hub, range(3))
+        hub._turn(0)
+        client.sock.close()
+        hub._turn(0)
+        who = 'pid %d, uid %d' % (os.getpid(), os.geteuid())
+        for text in ('served with mode 0606, group unchanged, by pid %d'
+                     % os.getpid(), 'subscriber connected: ' + who,
+                     'subscriber parted: %s, 3 lines, 0 lost; it is gone' % who
+                     ):
+            self.assertLogged('INFO MainThread Notifications on %s: %s\n' % (
+                self.path, text))
+
+    def test_one_too_many_is_refused_with_a_reason(self):
+        hub = self.make_hub(sock_max_subscribers=2)
+        first, second, third = [self.connect() for _ in range(3)]
+        hub._turn(0)
+        self.assertEqual('sock_max_subscribers is 2', third.refusal())
+        first.sock.close()
+        hub._turn(0)
+        self.assertServed(hub, second, self.connect(hub))
+
+    def test_half_closed_stays_but_a_ghost_gives_up_its_place(self):
+        hub = self.make_hub(sock_max_subscribers=2)
+        ghost, half = self.connect(hub), self.connect(hub)
+        for each in ghost, half:
+            each.sock.shutdown(socket.SHUT_WR)
+        hub._turn(0)
+        ghost.sock.close()
+        self.assertFalse(hub._turn(0))      # nothing spins
+        self.assertServed(hub, half, self.connect(hub))
+        half.sock.close()
+        self.emit(hub, range(1))            # finds out
+        hub._turn(0)
+        self.assertEqual(1, len(hub._subscribers))
+
+    def test_talker_is_cut_off(self):
+        hub = self.make_hub()
+        talker, quiet = self.connect(hub), self.connect(hub)
+        for _ in range(70):
+            with contextlib.suppress(BrokenPipeError):
+                talker.sock.send(b'x' * 1024)
+            hub._turn(0)
+        self.assertServed(hub, quiet)
+        self.assertEqual(([], True), (talker.read(), talker.ended))
+        self.assertLogged('it sent more than 65536 bytes')
+
+    def test_gone_in_the_middle_of_a_line_parts_quietly(self):
+        hub = self.make_hub()
+        gone, other = self.connect(hub), self.connect(hub)
+        self.emit(hub, range(1), size=1 << 20)
+        hub._turn(0)
+        gone.sock.recv(100)
+        gone.sock.close()
+        self.pump(hub, other, 1)
+        subscriber, = hub._subscribers
+        self.assertLogged('WARNING', 0)
+        # An event that was there before it parted is too late.
+        hub._part(subscriber, 'a test')
+        hub._on_subscriber(subscriber, selectors.EVENT_READ)
+
+    def test_failed_connection_is_passed_over(self):
+        hub = self.make_hub()
+        self.script(hub, errno.ECONNABORTED, errno.EPERM)
+        self.assertServed(hub, self.connect(hub))
+        self.assertLogged('WARNING', 0)
+
+    def test_without_descriptors_they_are_refused_with_a_reason(self):
+        hub = self.make_hub()
+        served, listener = self.connect(hub), self.script(hub)
+        refused = [self.connect() for _ in range(3)]
+        with no_descriptors():
+            for number in range(3):
+                self.emit(hub, [number])
+                hub._turn(0)
+        for each in refused:
+            self.assertEqual('the service is out of file descriptors',
+                             each.refusal())
+        self.assertLogged('WARNING MainThread Notifications on %s: subscribers'
+                          ' are refused: [Errno 24]' % self.path)
+        self.assertLessEqual(listener.accepts, 2 * 4)   # no spin
+        self.assertLogged('accepted again', 0)
+        self.assertServed(hub, served, *(self.connect(hub) for _ in range(2)))
+        self.assertLogged('subscribers are accepted again')
+        self.assertEqual(3, account(served.messages[:3]))
+
+    def test_without_a_reserve_accepting_pauses(self):
+        for reserve in ('taken', None):
+            hub = self.make_hub()
+            listener = self.script(hub, errno.EMFILE, errno.EMFILE)
+            if reserve is None:     # there was none to begin with
+                hub._keep_reserve = lambda: None
+                hub._reserve.close()
+                hub._reserve = None
+            client = self.connect(hub)
+            accepts = listener.accepts
+            hub._pause.at += WAIT
+            for _ in range(5):
+                self.assertFalse(hub._turn(0))  # neither spins nor accepts
+            self.assertEqual(accepts, listener.accepts)
+            hub._pause.at = time.monotonic()
+            hub._turn(0)
+            # It missed what came meanwhile.
+            self.assertIn('descriptors', client.refusal())
+            client = self.connect()
+            self.assertTrue(hub._turn(0))       # the listener is watched
+            self.assertServed(hub, client)
+            self.assertIsNone(hub._pause.at)
+            hub.finish()
+
+    def test_pause_ends_though_nobody_waits(self):
+        # accept() may say so when it has taken the last one.
+        hub = self.make_hub()
+        self.script(hub, None, errno.EMFILE, errno.EMFILE)
+        client = self.connect(hub)
+        hub._pause.at = time.monotonic()
+        hub._turn(0)
+        self.assertIsNone(hub._pause.at)    # else the loop would spin
+        self.assertServed(hub, client, self.connect(hub))
+
+    def test_path_lost_while_accepting_pauses_comes_back(self):
+        hub = self.make_hub()
+        self.script(hub, errno.EMFILE, errno.EMFILE)
+        self.connect(hub)
+        os.unlink(self.path)
+        hub.look_again(2)
+        client = self.connect(hub)
+        hub._pause.at = hub._pause.at and time.monotonic()
+        self.assertServed(hub, client)
+
+
+class PathTest(HubCase):
+
+    """Hub: the path, in trouble and well again."""
+
+    @contextlib.contextmanager
+    def trouble(self, hub, *texts):
+        """It is told once, and once when it is over; notify() just drops."""
+        hub.look_again(5)
+        if hub._bound is None:
+            self.emit(hub, range(3))
+            self.assertQueued(hub, 0)
+        self.assertNames(self.log.output, *texts)
+        self.assertLessEqual(hub._retry.at, time.monotonic() + 1)
+        self.assertLogged('all is well again', 0)
+        yield
+        hub.look_again(3)
+        self.assertIsNone(hub._retry.at)
+        self.assertLogged('; trying again')
+        self.assertLogged('all is well again')
+        self.assertServed(hub, self.connect(hub))
+
+    def test_missing_directory_heals(self):
+        os.rmdir(self.dir)
+        with self.trouble(self.make_hub(False), self.dir, 'No such file'):
+            os.mkdir(self.dir)
+
+    def test_loop_heals_without_being_asked(self):
+        os.rmdir(self.dir)
+        hub = unix_notifier._Hub(self.make_settings())
+        self.addCleanup(hub.close)
+        hub.start()
+        wait_until(lambda: hub._retry.at)
+        os.mkdir(self.dir)
+        wait_until(lambda: hub._bound)
+
+    def test_file_in_the_way_is_kept(self):
+        touch(self.path)
+        with self.trouble(self.make_hub(False), self.path, 'left alone'):
+            self.assertTrue(os.path.isfile(self.path))
+            os.unlink(self.path)
+
+    def test_foreign_live_socket_is_kept(self):
+        sock = listen(self.path)
+        hub = self.make_hub(False)
+        with self.trouble(hub, self.path, 'another program'):
+            self.assertFalse(hub._lock.intact())    # others may have it
+            self.connect()
+            sock.close()
+
+    def test_unknown_group_is_waited_for(self):
+        hub = self.make_hub(False, sock_group='no-such-group')
+        with self.trouble(hub, 'no-such-group', 'sock_group'):
+            self.assertEqual(['s.lock'], os.listdir(self.dir))
+            self.patch('grp.getgrnam', lambda name: grp.getgrgid(os.getgid()))
+
+    def test_lock_that_is_a_link_is_waited_for(self):
+        os.symlink('/dev/null', self.path + '.lock')
+        with self.trouble(self.make_hub(False), self.path + '.lock'):
+            os.unlink(self.path + '.lock')
+
+    def test_held_path_is_taken_over_once_it_is_free(self):
+        first = self.make_hub()
+        with self.trouble(self.make_hub(False), self.path + '.lock',
+                          'held by process %d' % os.getpid()):
+            first.finish()
+
+    @as_root
+    def test_root_does_not_serve_a_services_directory(self):
+        os.chown(self.dir, NOBODY, -1)
+        with self.trouble(self.make_hub(False), 'uid %d' % NOBODY, self.dir):
+            self.assertEqual([], os.listdir(self.dir))
+            os.chown(self.dir, 0, -1)
+
+    def test_full_disk_heals(self):
+        write = unix_notifier._Lock.write
+
+        def full(lock, owned):
+            raise OSError(errno.ENOSPC, 'No space', lock.path)
+
+        self.patch('_Lock.write', full)
+        with self.trouble(self.make_hub(False), 'No space'):
+            self.patch('_Lock.write', write)
+
+    def test_directory_that_vanishes_and_returns_heals(self):
+        hub = self.make_hub()
+        client = self.connect(hub)
+        os.rename(self.dir, self.dir + '2')
+        with self.trouble(hub, self.dir):
+            self.assertServed(hub, client)
+            os.mkdir(self.dir)
+        self.assertServed(hub, client)
+
+    def test_lock_names_what_is_bound_before_it_listens(self):
+        bound, write = [], unix_notifier._Lock.write
+
+        def spy(lock, owned):
+            self.assertRefused(self.path)
+            write(lock, owned)
+            bound.append(lock.read()[self.path])
+
+        self.patch('_Lock.write', spy)
+        self.make_hub()
+        self.assertEqual(
+            [unix_notifier._identity(os.stat(self.path))], bound)
+
+    def test_deleted_path_is_bound_again_and_subscribers_stay(self):
+        hub = self.make_hub()
+        clients = [self.connect(hub), self.connect()]   # one is not accepted
+        os.unlink(self.path)
+        hub.look_again()
+        self.assertServed(hub, *clients, self.connect(hub))
+        self.assertLogged('served with', 2)
+
+    def test_deleted_path_is_noticed_by_notify(self):
+        hub = self.make_hub()
+        for starts in (0, 1, 2):
+            self.emit(hub, range(1))
+            self.assertEqual(starts, hub.starts)
+            hub.overdue()
+        hub._turn(0)
+        self.emit(hub, range(1))
+        self.assertEqual(2, hub.starts)
+        self.assertQueued(hub, 0)
+
+    def test_deleted_lock_is_taken_again(self):
+        hub = self.make_hub()
+        os.unlink(self.path + '.lock')
+        other = self.make_hub(False)    # is quicker, but spares our socket
+        hub.look_again(2)
+        other.look_again(2)
+        self.assertIsNone(other._bound)
+        self.assertTrue(hub._lock.intact())
+        self.assertEqual(hub._bound.identity, hub._lock.read()[self.path])
+        self.assertLogged('served with')
+
+    def test_who_lost_the_lock_alone_keeps_serving(self):
+        hub = self.make_hub()
+        client = self.connect(hub)
+        os.unlink(self.path + '.lock')
+        other = unix_notifier._Lock(self.path + '.lock')
+        other.acquire()
+        with self.trouble(hub, 'held by process'):
+            self.assertServed(hub, client, self.connect(hub))
+            other.close()
+        self.assertLogged('served with')
+
+    def test_who_lost_lock_and_path_sends_subscribers_on(self):
+        hub = self.make_hub()
+        client = self.connect(hub)
+        for name in os.listdir(self.dir):
+            os.unlink(os.path.join(self.dir, name))
+        other = self.make_hub()
+        hub.look_again(2)
+        self.assertEqual(([], True), (client.read(), client.ended))
+        self.assertEqual((None, False), (hub._bound, hub._gate.open))
+        self.assertLogged('another process took the path')
+        self.assertServed(other, self.connect(other))
+
+    def test_dead_processs_path_is_taken_over(self):
+        def serve_and_die():
+            SteppedHub(self.make_settings())._turn(0)
+
+        self.assertEqual('', in_child(serve_and_die))
+        self.assertTrue(os.path.exists(self.path))
+        hub = self.make_hub()
+        self.assertServed(hub, self.connect(hub))
+
+
+class EndTest(HubCase):
+
+    """Hub: close() and fork."""
+
+    def close(self, hub):
+        before = time.monotonic()
+        hub.close()
+        return time.monotonic() - before
+
+    def test_close_sends_what_is_queued_and_leaves_the_lock(self):
+        hub, client = self.start_hub()
+        files = open_files()
+        self.emit(hub, range(100))
+        hub.close()
+        self.assertEqual((100, True), (account(client.read()), client.ended))
+        self.assertEqual(['s.lock'], os.listdir(self.dir))
+        # Listener, lock, selector, subscriber, reserve.
+        self.assertLessEqual(len(open_files()), len(files) - 5)
+        hub.close()
+        hub.start()
+        self.emit(hub, range(3))
+        self.assertQueued(hub, 0)
+
+    def test_close_serves_who_has_connected_by_then(self):
+        hub = self.make_hub()
+        client = self.connect()
+        self.emit(hub, range(2))
+        hub.overdue()
+        hub.finish()
+        self.assertEqual(2, account(client.read()))
+        self.assertLogged('served with')    # not again
+
+    def test_close_waits_for_a_reader_but_not_for_a_stalled_one(self):
+        self.patch('_EXIT_TIME', WAIT)
+        self.patch('_EXIT_STALL', 0.5)
+        hub, slow = self.start_hub()
+        self.connect()
+        self.emit(hub, range(5), size=1 << 20)
+        reader = threading.Thread(target=slow.wait, args=(5,))
+        reader.start()
+        self.assertLess(self.close(hub), PROMPT)
+        reader.join(WAIT)
+        self.assertEqual(5, account(slow.messages))
+
+    def test_close_ends_though_there_is_progress(self):
+        self.patch('_EXIT_TIME', 0.2)
+        self.patch('_DISCARD_MAX', 1 << 30)
+        hub, client = self.start_hub()
+        self.connect()      # never reads
+        self.emit(hub, range(5), size=1 << 20)
+
+        def talk():
+            with contextlib.suppress(OSError):
+                while True:
+                    client.sock.send(b'x' * 16)
+
+        talker = threading.Thread(target=talk)
+        talker.start()
+        self.assertLess(self.close(hub), PROMPT)
+        talker.join(WAIT)
+
+    def test_close_grants_the_stall_though_the_path_is_in_trouble(self):
+        self.patch('_EXIT_STALL', 0.3)
+        hub = self.make_hub()
+        self.connect(hub)
+        self.emit(hub, range(5), size=1 << 20)
+        os.rename(self.dir, self.dir + '2')
+        hub.look_again()
+        before = time.monotonic()
+        hub.finish()
+        self.assertGreaterEqual(time.monotonic() - before, 0.3)
+
+    def test_close_does_not_wait_for_a_loop_that_is_stuck(self):
+        self.patch('_EXIT_TIME', 0.1)
+        hub, _ = self.start_hub()
+        stuck, go = threading.Event(), threading.Event()
+        hub._look_after_path = lambda: stuck.set() or go.wait(WAIT)
+        self.emit(hub, range(1))
+        stuck.wait(WAIT)
+        self.assertLess(self.close(hub), PROMPT)
+        go.set()
+        hub._thread.join(WAIT)
+
+    def test_close_spares_a_successors_socket(self):
+        hub = self.make_hub()
+        os.unlink(self.path)
+        with listen(self.path):
+            hub.finish()
+            self.connect()
+
+    @as_root
+    def test_close_delivers_though_the_file_cannot_be_removed(self):
+        hub = self.make_hub()
+        client = self.connect(hub)
+        self.emit(hub, range(2))
+        os.chmod(self.dir, 0o755)
+        with as_uid(NOBODY):
+            hub.finish()
+        self.assertEqual((2, True), (account(client.read()), client.ended))
+
+    def test_without_a_thread_close_does_its_work(self):
+        before = open_files()
+        self.useFixture(fixtures.MonkeyPatch(
+            'threading.Thread.start', none_left))
+        hub = unix_notifier._Hub(self.make_settings())
+        hub.start()
+        self.emit(hub, range(3))
+        self.assertQueued(hub, 3)
+        hub.close()
+        self.assertLogged('served with')
+        self.assertEqual(['s.lock'], os.listdir(self.dir))
+        del hub
+        self.assertEqual(before, open_files())
+
+    def test_child_starts_afresh_and_the_parent_notices_nothing(self):
+        hub = self.make_hub(sock_buffer_size=65536)
+        client = self.connect(hub)
+        self.emit(hub, range(70))
+        count = len(open_files())
+
+        def child():
+            hub.forked()
+            self.assertQueued(hub, 0)
+            # Listener, lock, selector, subscriber, reserve; a pipe is new.
+            self.assertEqual(count - 5 + 1, len(open_files()))
+            hub._turn(0)    # the parent has the lock
+            self.emit(hub, range(3))
+            self.assertEqual((None, {}, 0), (
+                hub._bound, hub._subscribers, next(hub._drops)))
+            hub.finish()
+
+        self.assertEqual('', in_child(child))
+        self.pump(hub, client, 70)
+        self.assertServed(hub, client)
+        self.assertTrue(hub._bound.intact() and hub._lock.intact())
+        self.connect(hub).sock.close()
+        self.assertTrue(hub._turn(0))       # the selector still tells
+
+    def test_child_without_a_hook_finds_out_by_itself(self):
+        hub = self.make_hub()
+        self.connect(hub)
+        hub._pid -= 1       # so a child of C's fork() sees it
+        self.emit(hub, range(1))
+        self.assertEqual((os.getpid(), None), (hub._pid, hub._bound))
+        self.assertQueued(hub, 1)
+        hub._pid -= 1
+        hub.close()         # the parent's business
+        self.assertFalse(hub._closing)
+        hub._pid += 1
+
+
+# -- the driver -------------------------------------------------------------
+
+class DriverTest(TestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.patch('_hubs', {})
+        self.addCleanup(unix_notifier._at_exit)
+        self.conf = self.useFixture(config_fixture.Config(cfg.CONF)).conf
+
+    def configure_globally(self, path):
+        self.conf.register_opts(
+            [cfg.StrOpt('sock_path', help='Another help.')], group=GROUP)
+        self.conf.set_override('sock_path', path, group=GROUP)
+
+    def notify(self, driver, payload=None):
+        driver.notify({}, message(payload or {'n': 0}), 'INFO', None)
+
+    def serve(self, **options):
+        driver = unix_notifier.UnixDriver(self.make_conf(**options))
+        self.await_service()
+        return driver
+
+    def await_service(self):
+        wait_until(lambda: next(iter(
+            unix_notifier._hubs.values()))._bound)
+
+    def test_construct_without_conf_touches_nothing(self):
+        before = threading.active_count(), open_files()
+        unix_notifier.UnixDriver()
+        self.assertEqual(before, (threading.active_count(), open_files()))
+        self.assertEqual(({}, ''), (unix_notifier._hubs, self.log.output))
+
+    def test_construct_with_conf_serves(self):
+        driver = self.serve()
+        client = self.connect()
+        self.notify(driver)
+        self.assertEqual(1, account(client.wait(1)))
+
+    def test_first_notify_without_conf_takes_the_global_one(self):
+        driver = unix_notifier.UnixDriver()
+        self.configure_globally(self.path)
+        self.notify(driver)
+        self.await_service()
+        client = self.connect()
+        self.notify(driver)
+        # The first was dropped, or was on its way.
+        wait_until(lambda: client.read())
+
+    def test_notify_logs_nothing_itself(self):
+        # A handler may be what notifies, and would be called again.
+        driver, depth = unix_notifier.UnixDriver(), []
+
+        class Handler(logging.Handler):
+            def emit(handler, record):
+                depth.append(record.threadName)
+                self.notify(driver)
+
+        logging.getLogger().addHandler(handler := Handler())
+        self.addCleanup(logging.getLogger().removeHandler, handler)
+        self.configure_globally(self.path)
+        for _ in range(3):
+            self.notify(driver)
+        self.await_service()
+        self.assertNotIn('MainThread', depth)
+
+    def test_bad_global_conf_is_logged_once_by_a_thread(self):
+        driver = unix_notifier.UnixDriver()
+        self.configure_globally('relative')
+        for _ in range(3):
+            self.notify(driver)
+        wait_until(lambda: self.log.output)
+        self.assertLogged("'relative'")
+        self.assertLogged('MainThread', 0)
+        self.assertEqual({}, unix_notifier._hubs)
+
+    def test_bad_global_conf_does_no_harm_without_threads(self):
+        self.configure_globally('relative')
+        with fixtures.MonkeyPatch('threading.Thread.start', none_left):
+            self.notify(unix_notifier.UnixDriver())
+
+    def test_drivers_of_a_path_share_one_hub(self):
+        drivers = [self.serve() for _ in range(5)]
+        hub, = unix_notifier._hubs.values()
+        self.assertEqual({hub}, {each._hub for each in drivers})
+        self.assertEqual(1, [each.name for each in threading.enumerate()]
+                         .count('unix-notifier'))
+        self.assertLogged('configured twice', 0)
+        self.path += '2'
+        self.assertIsNot(hub, unix_notifier.UnixDriver(
+            self.make_conf())._hub)
+
+    def test_driver_that_differs_is_told_that_the_first_counts(self):
+        self.serve(sock_max_subscribers=3)
+        self.serve(sock_max_subscribers=4)
+        hub, = unix_notifier._hubs.values()
+        self.assertEqual(3, hub.settings.max_subscribers)
+        self.assertLogged('configured twice')
+        self.assertNames(self.log.output, 'max_subscribers=3',
+                         'max_subscribers=4', self.path)
+
+    def test_copies_share_the_hub(self):
+        driver = self.serve()
+        client = self.connect()
+        for number, each in enumerate((
+                copy.copy(driver), copy.deepcopy(driver),
+                pickle.loads(pickle.dumps(driver)),
+                pickle.loads(pickle.dumps(unix_notifier.UnixDriver(
+                    self.make_conf()))))):
+            self.notify(each, {'n': number})
+            self.assertEqual(number + 1, account(client.wait(number + 1)))
+        self.assertEqual(1, len(unix_notifier._hubs))
+        pickle.dumps(unix_notifier.UnixDriver())
+
+    def test_what_cannot_be_serialized_is_counted(self):
+        driver = self.serve()
+        client = self.connect()
+        encode = unix_notifier._encode
+
+        def no_memory(message, mask=False):
+            if message['payload'] == 'huge':
+                raise MemoryError
+            return encode(message, mask)
+
+        self.patch('_encode', no_memory)
+        self.notify(driver)
+        self.assertEqual(1, account(client.wait(1)))
+        wait_until(lambda: driver._hub._asleep)
+        self.notify(driver, 'huge')
+        self.assertEqual(2, account(client.wait(2)))
+        self.notify(driver, {'n': 2})
+        self.assertEqual(3, account(client.wait(3)))
+        self.assertEqual([1], lost(client.messages))
+
+    def test_secrets_are_masked_where_configured(self):
+        driver = self.serve(sock_mask_secrets=True)
+        client = self.connect()
+        self.notify(driver, {'password': 'hunter2'})
+        self.assertEqual({'password': '***'}, client.wait(1)[0]['payload'])
+
+    def test_every_priority_of_a_real_notifier_arrives(self):
+        def load(namespace, names, invoke_args, invoke_kwds, **kwargs):
+            return extension.ExtensionManager.make_test_instance([
+                extension.Extension(name, None, unix_notifier.UnixDriver,
+                                    unix_notifier.UnixDriver(
+                                        *invoke_args, **invoke_kwds))
+                for name in names])
+
+        self.useFixture(fixtures.MonkeyPatch(
+            'oslo_messaging.notify.notifier.named.NamedExtensionManager',
+            load))
+        conf = self.make_conf(driver='unix')
+        notifier = oslo_messaging.Notifier(
+            oslo_messaging.get_notification_transport(conf, 'fake:'),
+            publisher_id='service.host')
+        self.await_service()
+        client = self.connect()
+        priorities = ['audit', 'debug', 'info', 'warn', 'error', 'critical',
+                      'sample']
+        for number, name in enumerate(priorities):
+            getattr(notifier, name)({'secret': 'token'}, 'it.happened',
+                                    {'n': number})
+        messages = client.wait(len(priorities))
+        self.assertEqual(len(priorities), account(messages))
+        self.assertEqual([each.upper() for each in priorities],
+                         [each['priority'] for each in messages])
+        for each in messages:
+            self.assertEqual(KEYS, list(each))
+            self.assertEqual(('service.host', 'it.happened'),
+                             (each['publisher_id'], each['event_type']))
+        self.assertLogged('token', 0)
+
+    def test_forked_child_leaves_the_parents_hub_alone(self):
+        driver = self.serve()
+        client = self.connect()
+        hub, = unix_notifier._hubs.values()
+
+        def child():
+            self.assertIsNone(hub._thread)
+            self.assertTrue(unix_notifier._hubs_lock.acquire(blocking=False))
+            self.assertEqual(os.getpid(), hub._pid)
+
+        with unix_notifier._hubs_lock:
+            self.assertEqual('', in_child(child))
+        self.notify(driver)
+        self.assertEqual(1, account(client.wait(1)))
+
+    def test_exit_closes_every_hub_whatever_happens(self):
+        closed = []
+
+        def bad_close():
+            raise ZeroDivisionError
+
+        for name, close in (('a', bad_close), ('b', lambda: closed.append(1))):
+            unix_notifier._hubs[name] = types.SimpleNamespace(
+                close=close, settings=self.make_settings())
+        unix_notifier._at_exit()
+        self.assertEqual([1], closed)
+        unix_notifier._hubs.clear()
+
+
+class ReleaseNoteTest(TestCase):
+
+    SECTIONS = {'prelude', 'features', 'issues', 'upgrade', 'deprecations',
+                'critical', 'security', 'fixes', 'other'}
+
+    def test_notes_are_what_reno_takes(self):
+        names = glob.glob(os.path.join(HERE, 'releasenotes', 'notes', '*'))
+        if not names:
+            self.skipTest('there are no release notes here')
+        for name in names:
+            self.assertRegex(os.path.basename(name),
+                             r'^[a-z0-9-]+-[0-9a-f]{16}\.yaml$')
+            with open(name) as file:
+                note = yaml.safe_load(file)
+            self.assertLessEqual(set(note), self.SECTIONS)
+            for section, entries in note.items():
+                entries = [entries] if section == 'prelude' else entries
+                self.assertIsInstance(entries, list)
+                for entry in entries:
+                    self.assertIsInstance(entry, str)
+                    self.assertTrue(entry.strip())

@@ -1,0 +1,1673 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""
+Notification driver that publishes to every process on a local Unix socket.
+
+Each notification is relayed, as one line of JSON, to every process that is
+connected to the stream socket at ``sock_path``::
+
+    [oslo_messaging_notifications]
+    driver = unix
+    sock_path = /run/nova/notifications.sock
+
+What a subscriber can rely on:
+
+* A notification whose ``notify()`` begins after the subscriber's
+  ``connect()`` returned reaches it. Nothing is kept for later: while nobody
+  is connected everything is dropped, before it is even serialized.
+* Lines are in the order of the calls, for each publishing thread.
+* Notifications are sent 'at-most-once' and are never lost in silence: where
+  some were dropped, a ``notifications.lost`` record stands in their place
+  and says how many. A subscriber that lags behind by more than
+  ``sock_buffer_size`` loses its oldest lines, not its connection.
+* Not covered is what a killed process had not handed on yet, and what a
+  process could not hand on within its last second.
+
+What a service can rely on: ``notify()`` never blocks, never raises and never
+logs. It serializes, appends to a queue and wakes the loop, a daemon thread
+that does everything else. Who may do what:
+
+==================  =====================================================
+any thread          appends to the queue; reads the gate; wakes the loop
+the loop            all else: takes from the queue, owns the lock file, the
+                    listener, the subscribers and the backlog, sets the gate
+constructor, exit   start the loop; stop it and take its place
+==================  =====================================================
+"""
+
+import atexit
+import bisect
+import collections
+from collections import abc
+import copy
+import errno
+import fcntl
+import functools
+import grp
+import importlib.util
+import itertools
+import json
+import logging
+from multiprocessing import process
+from multiprocessing import util
+import os
+import random
+import selectors
+import socket
+import stat
+import struct
+import termios
+import threading
+import time
+import types
+import urllib.parse
+import uuid
+import weakref
+
+from oslo_config import cfg
+from oslo_messaging.notify import notifier
+from oslo_serialization import jsonutils
+from oslo_utils import strutils
+from oslo_utils import timeutils
+
+LOG = logging.getLogger(__name__)
+
+# ---------------------------------------------------------------------------
+# STREAM: from notify() to the subscribers of one process
+# ---------------------------------------------------------------------------
+
+# sun_path holds 108 bytes with the NUL; the relay appends '.relay'.
+_PATH_MAX = 101
+
+# Bytes. Large sends are what keeps the loop ahead: each system call gives up
+# the GIL, which a busy publisher returns only after 5 ms. One chunk is what
+# the subscribers share and what one that lags can lose at once.
+_CHUNK_MAX = 256 * 1024
+_SEND_MAX = 1024 * 1024
+
+# Bytes a chunk costs beside its data: two objects, their cursors' counts.
+_CHUNK_COST = 256
+
+# Bytes of a line; a notification that takes more is lost. Who reads lines,
+# a leader or a consumer, may take a longer one for nonsense.
+_LINE_MAX = 64 * 1024 * 1024
+
+# The queue is bounded by its length, which is exact without a lock because
+# a line occupies one entry for each KiB that it begins.
+_QUEUE_UNIT = 1024
+
+# Seconds. A publisher that has filled half the queue gives way so long at
+# each call, and the loop, which needs the GIL, catches up.
+_GIVE_WAY = 50e-6
+
+# What accept() says when the process or the machine has run out.
+_STARVED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_NO_DESCRIPTORS = 'the service is out of file descriptors'
+
+# Connections that the kernel holds for us between two turns.
+_BACKLOG = 128
+
+# Bytes that a subscriber may send us, who only talk.
+_DISCARD_MAX = 64 * 1024
+
+# Seconds: how often, at most, a path in use is looked after; what is granted
+# at exit, and how much of it without any progress.
+_CHECK_INTERVAL = 1
+_EXIT_TIME = 1
+_EXIT_STALL = 0.1
+
+
+def _private_select():
+    """A copy of the select module that monkey patching does not reach.
+
+    eventlet removes ``poll`` from the module. The gate needs it, and never
+    lets it wait, so that there is nothing to make green.
+    """
+    spec = importlib.util.find_spec('select')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+_select = _private_select()
+
+
+# -- format: a message becomes one line -------------------------------------
+
+def _repr(value):
+    """The repr of what JSON cannot take, or a constant."""
+    try:
+        return str(repr(value))
+    except Exception:
+        return '<no repr>'
+
+
+def _primitive(value):
+    """The value as ``jsonutils.dumps`` would print it, else its repr.
+
+    Containers one level at a time. jsonutils would go on inside: it would
+    empty an iterator, which is the caller's, and not come back from one
+    without an end.
+    """
+    try:
+        if type(value).__module__.startswith('netaddr.'):
+            return str(value)       # a network has __iter__, too
+        if hasattr(value, 'items'):
+            return dict(value.items())
+        if isinstance(value, bytes) or not hasattr(value, '__iter__'):
+            return jsonutils.to_primitive(value)
+        if isinstance(value, (abc.Set, abc.Sequence, abc.ValuesView)):
+            return list(value)
+    except Exception:
+        pass
+    return _repr(value)
+
+
+# The separators are the defaults, so that a line is what the log driver
+# prints, byte for byte, where nothing was masked.
+_ENCODER = json.JSONEncoder(allow_nan=False, default=_primitive)
+
+
+def _scrub(value, above=()):
+    """A copy of the value that strict JSON can hold.
+
+    Only for messages that the encoder refused: NaN and infinities, cycles,
+    keys that are no scalars, integers too long to print. ``above`` are the
+    ids of the containers around the value.
+    """
+    if id(value) in above or len(above) > 100:
+        return _repr(value)
+    above += (id(value),)
+    try:
+        if isinstance(value, dict):
+            return {_scrub_key(key): _scrub(item, above)
+                    for key, item in list(value.items())}
+        if isinstance(value, (list, tuple)):
+            return [_scrub(item, above) for item in value]
+        plain = value if _is_plain(value) else _primitive(value)
+        if not _is_plain(plain):
+            return _scrub(plain, above)
+        return json.loads(json.dumps(plain), parse_constant=lambda nan: None)
+    except Exception:
+        return _repr(value)
+
+
+def _is_plain(value):
+    return value is None or isinstance(value, (str, int, float))
+
+
+def _scrub_key(key):
+    plain = _scrub(key)
+    return plain if _is_plain(plain) else _repr(key)
+
+
+def _encode(message, mask=False):
+    """Serialize a notification to one line of ASCII, LF included.
+
+    :param message: a notification as the Notifier builds it
+    :type message: dict
+    :param mask: hide secrets as the log driver does
+    :type mask: bool
+    :returns: the line; it is valid JSON (RFC 8259) whatever the payload
+    :rtype: bytes
+    """
+    try:
+        plain = strutils.mask_dict_password(message) if mask else message
+        return _ENCODER.encode(plain).encode('ascii') + b'\n'
+    except Exception:
+        plain = _scrub(message)
+        if mask:
+            plain = strutils.mask_dict_password(plain)
+        return _ENCODER.encode(plain).encode('ascii') + b'\n'
+
+
+def _record(event_type, **payload):
+    """A line of our own, which reads like any notification."""
+    return _encode({'message_id': str(uuid.uuid4()),
+                    'publisher_id': 'notifications.%s.%d' % (
+                        socket.gethostname(), os.getpid()),
+                    'event_type': event_type,
+                    'priority': 'WARN',
+                    'payload': payload,
+                    'timestamp': str(timeutils.utcnow())})
+
+
+def _lost_record(lost, reason):
+    return _record('notifications.lost', lost=lost, reason=reason)
+
+
+# -- options ----------------------------------------------------------------
+
+_GROUP = 'oslo_messaging_notifications'
+
+_OPTS = [
+    cfg.StrOpt('sock_path',
+               sample_default='/run/<service>/notifications.sock',
+               help='Path of the socket on which the unix driver publishes '
+                    'notifications, or a unix:// URI of it. It must be '
+                    'absolute and at most 101 bytes long. Its directory must '
+                    'be writable by the user of the service alone. Required '
+                    'by the unix driver.'),
+    cfg.StrOpt('sock_mode',
+               default='0660',
+               help='Permission bits of the socket, in octal. A subscriber '
+                    'needs write permission to connect.'),
+    cfg.StrOpt('sock_group',
+               help='Name or number of the group that owns the socket. While '
+                    'the group does not exist, or the service may not give '
+                    'the socket to it, there is no socket.'),
+    cfg.IntOpt('sock_max_subscribers',
+               default=64,
+               help='Number of subscribers that may be connected at a time. '
+                    'One more is refused with a reason.'),
+    cfg.IntOpt('sock_buffer_size',
+               default=8 * 1024 * 1024,
+               help='Number of bytes that a subscriber may lag behind before '
+                    'it loses the oldest notifications; at least 65536. It '
+                    'bounds the memory of the process, however many '
+                    'subscribers there are.'),
+    cfg.BoolOpt('sock_mask_secrets',
+                default=False,
+                help='Mask passwords and tokens in notifications, as the log '
+                     'driver does. This takes about ten times as long as the '
+                     'rest, and also rewrites harmless keys such as '
+                     'token_count.'),
+]
+
+
+def register_opts(conf):
+    """Register the options of the unix driver.
+
+    An option that is already registered under the name is used as it is: a
+    vendored copy of this module may differ in the help text.
+
+    :param conf: where to register
+    :type conf: oslo_config.cfg.ConfigOpts
+    """
+    for opt in _OPTS:
+        try:
+            conf.register_opt(opt, group=_GROUP)
+        except cfg.DuplicateOptError:
+            pass    # no log: notify() may be what called, see _late_hub()
+
+
+def list_opts():
+    """List the options for the sample configuration generator.
+
+    :returns: a list of (group name, options) tuples
+    """
+    return [(_GROUP, copy.deepcopy(_OPTS))]
+
+
+_Settings = collections.namedtuple('_Settings', (
+    'path', 'mode', 'group', 'max_subscribers', 'buffer_size',
+    'mask_secrets'))
+
+
+def _parse_path(text):
+    """The path that an absolute path or a ``unix://`` URI names.
+
+    :raises: ValueError, naming the value and what is wrong with it
+    """
+    if not text:
+        raise ValueError('not set, and the unix driver needs it')
+    path = text
+    if text.startswith('unix:'):
+        uri = urllib.parse.urlsplit(text)
+        if uri.netloc or uri.query or uri.fragment:
+            raise ValueError('%r: a unix:// URI has no host, query or '
+                             'fragment' % text)
+        path = urllib.parse.unquote(uri.path)
+    if not path.startswith('/') or path.endswith('/') or '\0' in path:
+        raise ValueError('%r is not an absolute path of a file' % text)
+    if any(mark in path for mark in ('<', '%(', '{')):
+        raise ValueError('%r: nothing is substituted but $option; put the '
+                         'name itself' % text)
+    size = len(os.fsencode(path))
+    if size > _PATH_MAX:
+        raise ValueError('%r is %d bytes long; the limit is %d' % (
+            text, size, _PATH_MAX))
+    return path
+
+
+def _parse_mode(text):
+    try:
+        mode = int(text, 8)
+    except ValueError:
+        mode = -1
+    if not 0 <= mode <= 0o777:
+        raise ValueError('%r is not octal, within 0000 and 0777' % text)
+    return mode
+
+
+def _at_least(limit):
+    def parse(value):
+        if value < limit:
+            raise ValueError('%d is less than the limit, %d' % (value, limit))
+        return value
+    return parse
+
+
+def _read_settings(conf):
+    """Read and check the options, once.
+
+    :raises: ValueError, naming the option, the value and the limit
+    """
+    def read(name, parse):
+        value = conf[_GROUP][name]  # its type, too, raises ValueError
+        try:
+            return parse(value)
+        except ValueError as error:
+            raise ValueError('Option %s of [%s]: %s' % (name, _GROUP, error))
+
+    return _Settings(read('sock_path', _parse_path),
+                     read('sock_mode', _parse_mode),
+                     conf[_GROUP].sock_group or None,
+                     read('sock_max_subscribers', _at_least(1)),
+                     read('sock_buffer_size', _at_least(64 * 1024)),
+                     conf[_GROUP].sock_mask_secrets)
+
+
+# -- the lock and the socket file -------------------------------------------
+
+# Held while a descriptor is opened and put where forked() finds it, and
+# during a fork. A child that did not know that it holds the lock would keep
+# everybody from leading after the parent's death; one that holds a listener,
+# or a connection, would keep others waiting. Nothing is logged under it.
+_no_fork = threading.RLock()
+
+
+def _identity(info):
+    """What tells a file from another that takes its path, or its inode."""
+    return [info.st_dev, info.st_ino, info.st_ctime_ns]
+
+
+def _lstat(path):
+    try:
+        return os.lstat(path)
+    except OSError:
+        return None
+
+
+class _Lock:
+    """The lock on ``<sock_path>.lock``: who holds it owns the path.
+
+    A lock, since a connect probe lies: a forked child keeps a dead service's
+    listener connectable. flock, since a POSIX lock vanishes when any
+    descriptor of the file is closed, and two copies of this module in one
+    process would both get it. The file holds, in JSON, the pid of its owner
+    and the identity of what the owner bound. It is never removed: removing
+    it while another process waits for it would make two owners.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        self.fd = None
+
+    def acquire(self):
+        """Take the lock, or raise OSError; BlockingIOError if it is held."""
+        self._refuse_root()
+        with _no_fork:
+            self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+                              | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+        try:
+            self._check(os.fstat(self.fd))
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not self.intact():   # replaced between open and flock
+                raise FileNotFoundError(
+                    errno.ENOENT, 'the lock was replaced', self.path)
+        except BlockingIOError as error:
+            owner = self.read().get('pid', 'unknown')
+            self.close()
+            raise BlockingIOError(
+                error.errno, 'held by process %s' % owner, self.path)
+        except OSError:
+            self.close()
+            raise
+
+    def _refuse_root(self):
+        """Keep root out of a service's directory, before it creates a file.
+
+        A lock left behind by a management command that runs as root would
+        shut the service out for good, and what root opens, chowns or removes
+        there is what the service's user put there.
+        """
+        owner = os.stat(os.path.dirname(self.path)).st_uid
+        if os.geteuid() == 0 and owner != 0:
+            raise PermissionError(
+                errno.EPERM, 'root does not serve in a directory that '
+                'belongs to uid %d' % owner, os.path.dirname(self.path))
+
+    def _check(self, info):
+        if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1:
+            raise OSError(errno.EINVAL, 'not a regular file with one link',
+                          self.path)
+        if info.st_uid != os.geteuid():
+            raise PermissionError(
+                errno.EPERM, 'the lock belongs to uid %d' % info.st_uid,
+                self.path)
+
+    def read(self):
+        """What the last owner left: its pid, identities by path."""
+        try:
+            return dict(json.loads(os.pread(self.fd, 4096, 0)))
+        except (ValueError, TypeError):
+            return {}   # new, or its owner died as it wrote
+
+    def write(self, bound):
+        """Name the owner and what it bound, for who comes after a crash."""
+        record = dict(self.read(), pid=os.getpid())
+        record.update((each.path, each.identity) for each in bound)
+        data = json.dumps(record).encode('ascii')
+        os.pwrite(self.fd, data, 0)
+        os.ftruncate(self.fd, len(data))
+
+    def intact(self):
+        """Whether the lock is held, and on the file that others would open."""
+        if self.fd is None:
+            return False
+        info = _lstat(self.path)
+        return info is not None and os.path.samestat(info, os.fstat(self.fd))
+
+    def close(self):
+        """Only close: LOCK_UN in a forked child would free the parent's."""
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+
+
+class _Bound:
+    """A socket, the path it is bound to, and the identity of the file."""
+
+    def __init__(self, path, sock, identity):
+        self.path = path
+        self.sock = sock
+        self.identity = identity
+
+    def intact(self):
+        """Whether the path is still our file."""
+        info = _lstat(self.path)
+        return (info is not None
+                and _identity(info)[:2] == self.identity[:2])
+
+    def unlink(self):
+        """Remove the file, if it is still ours."""
+        try:
+            if self.intact():
+                os.unlink(self.path)
+        except OSError:
+            pass        # the next owner will, by the identity in the lock
+
+
+def _bind(sock, path, mode, gid=None):
+    """Bind the socket; who connects is refused until it listens.
+
+    Mode and group are set in between, so that nobody slips in, and the
+    umask, which belongs to the whole process, is left alone.
+
+    :raises: OSError, naming the path; nothing is left behind
+    """
+    try:
+        sock.setblocking(False)
+        sock.bind(path)
+        bound = _Bound(path, sock, _identity(os.lstat(path)))
+        try:
+            if gid is not None:
+                os.lchown(path, -1, gid)
+            os.chmod(path, mode)
+        except OSError:
+            bound.unlink()
+            raise
+        bound.identity = _identity(os.lstat(path))
+        return bound
+    except OSError as error:
+        sock.close()
+        raise OSError(error.errno, error.strerror, path)
+
+
+def _answers(path):
+    """Whether a process listens at the path."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        except OSError:
+            pass    # EAGAIN: its backlog is full. Whatever else: not ours
+        return True
+
+
+def _clear(path, left):
+    """Make the path free, of a dead owner's socket only. Needs the lock.
+
+    :param left: the identity of the socket that the last owner bound here;
+                 it is dead, for we have its lock, even if a child of it
+                 still answers
+    :raises: OSError when something else is in the way, which is kept
+    """
+    info = _lstat(path)
+    if info is None:
+        return
+    if not stat.S_ISSOCK(info.st_mode):
+        raise FileExistsError(
+            errno.EEXIST, 'not a socket, so it is left alone', path)
+    if _identity(info) != left and _answers(path):
+        raise OSError(errno.EADDRINUSE, 'the socket of another program that '
+                      'is alive, so it is left alone', path)
+    os.unlink(path)
+
+
+def _gid(group):
+    """The number of the group, or None. May be slow; raises OSError."""
+    try:
+        if group is None:
+            return None
+        gid = int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
+        if gid < 2 ** 32 - 1:   # that one leaves the group as it is
+            return gid
+    except KeyError:
+        pass
+    raise OSError(errno.EINVAL, 'sock_group: no such group', group)
+
+
+# -- the backlog ------------------------------------------------------------
+
+class _Chunk:
+    """Some lines, as all subscribers send them, and the way to the next.
+
+    A chunk without a next one is the tail: empty, and filled in place.
+    """
+
+    __slots__ = ('data', 'lines', 'lost', 'start', 'first', 'next')
+
+    def __init__(self, start, first):
+        self.start = start  # bytes before it, since the backlog began
+        self.first = first  # notifications before it, likewise
+        self.data = b''
+        self.lines = 0      # notifications in it
+        self.lost = 0       # notifications that it, a record, stands for
+        self.next = None
+
+
+class _Backlog:
+    """What subscribers have yet to send: a linked list of chunks.
+
+    Pure, and the loop's alone. A subscriber holds the chunk that it is at,
+    and thereby all that follow: what everybody has sent is freed by itself.
+    What keeps it within its bound is that a subscriber that is further
+    behind than ``limit`` moves on (see ``_Subscriber.trim``).
+    """
+
+    def __init__(self, limit):
+        self.limit = limit
+        self.tail = _Chunk(0, 0)
+
+    def append(self, data, lines, lost=0):
+        """Add a chunk of whole lines, or a record of losses."""
+        chunk = self.tail
+        chunk.data, chunk.lines, chunk.lost = data, lines, lost
+        chunk.next = self.tail = _Chunk(
+            chunk.start + len(data) + _CHUNK_COST,
+            chunk.first + lines + lost)
+
+    def extend(self, lines):
+        """Add lines, in chunks of at most _CHUNK_MAX bytes or one line."""
+        ends = list(itertools.accumulate(map(len, lines)))
+        low = base = 0
+        while low < len(lines):
+            high = max(low + 1, bisect.bisect_right(
+                ends, base + _CHUNK_MAX, low))
+            self.append(b''.join(lines[low:high]), high - low)
+            low, base = high, ends[high - 1]
+
+    def behind(self, chunk):
+        """How many bytes a subscriber that is at the chunk holds."""
+        return self.tail.start - chunk.start
+
+
+class _Subscriber:
+    """A connected socket, and a cursor in the backlog. The loop's alone.
+
+    At any time, lines + lost + skipped + what is pending equals what the
+    backlog got since the subscriber joined.
+    """
+
+    def __init__(self, sock, backlog, who):
+        self.sock = sock
+        self.who = who
+        self.mask = 0           # what the selector watches
+        self.blocked = False    # the kernel takes no more for now
+        self.half_closed = False    # it will send no more, but reads on
+        self.discarded = 0      # bytes it sent us
+        # The cursor.
+        self.chunk = backlog.tail
+        self.offset = 0         # bytes of the chunk that were sent
+        self.head = b''         # a line that goes before the chunk
+        self.head_sent = 0      # bytes of the head that were sent
+        self.skipped = 0        # notifications lost and not yet reported
+        # The account.
+        self.lines = 0          # notifications sent, of finished chunks
+        self.lost = 0           # notifications reported as lost
+        self.lagging = None     # ``lost`` when it began to lag
+
+    def wanted(self):
+        """What the selector is to watch."""
+        return (0 if self.half_closed else selectors.EVENT_READ) | (
+            selectors.EVENT_WRITE if self.blocked else 0)
+
+    def pending(self):
+        """Whether there is anything to send."""
+        return bool(self.head or self.skipped or self.chunk.next)
+
+    def flush(self):
+        """Send once, as much as the kernel takes.
+
+        :raises: OSError when the peer is gone
+        """
+        if self.skipped and not self.head:
+            self.head = self.lost_line(self.skipped)
+            self.lost += self.skipped
+            self.skipped = 0
+        buffers = self._buffers()
+        try:
+            # A service may have restored SIGPIPE, which would kill it.
+            sent = self.sock.sendmsg(buffers, (), socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            sent = 0
+        self.blocked = sent < sum(map(len, buffers))
+        self._advance(sent)
+
+    def lost_line(self, lost):
+        return _lost_record(lost, 'subscriber too slow')
+
+    def _buffers(self):
+        """What comes next, up to about _SEND_MAX bytes."""
+        if self.head:
+            buffers = [memoryview(self.head)[self.head_sent:]]
+        else:
+            buffers = []
+        size, chunk, offset = len(self.head), self.chunk, self.offset
+        # If lines were skipped, a record comes before the chunk.
+        while chunk.next and not self.skipped and size < _SEND_MAX:
+            buffers.append(
+                memoryview(chunk.data)[offset:] if offset else chunk.data)
+            # Small chunks count for more: the kernel takes 1024 at a time.
+            size += max(len(chunk.data), _SEND_MAX // 512)
+            chunk, offset = chunk.next, 0
+        return buffers
+
+    def _advance(self, sent):
+        if self.head:
+            self.head_sent += sent
+            sent = self.head_sent - len(self.head)
+            if sent < 0:
+                return
+            self.head, self.head_sent = b'', 0
+        while sent:
+            left = len(self.chunk.data) - self.offset
+            if sent < left:
+                self.offset += sent
+                return
+            sent -= left
+            self._finish_chunk()
+
+    def _finish_chunk(self):
+        self.lines += self.chunk.lines
+        self.lost += self.chunk.lost
+        self.chunk, self.offset = self.chunk.next, 0
+
+    def received(self):
+        """How many notifications the kernel has taken, whole."""
+        return self.lines + self.chunk.data.count(b'\n', 0, self.offset)
+
+    def trim(self, backlog):
+        """Skip the oldest lines if too far behind; whether any were.
+
+        A line that is half sent goes whole. The newest chunk is kept in any
+        case, so that a notification that is larger than the buffer reaches
+        who is ready for it.
+        """
+        chunk = self.chunk
+        while (backlog.behind(chunk) > backlog.limit
+               and chunk.next.next is not None):
+            chunk = chunk.next
+        if chunk is self.chunk:
+            return False
+        skipped = chunk.first - self._finish_line()
+        self.chunk, self.offset = chunk, 0
+        self.skipped += skipped
+        return skipped > 0
+
+    def _finish_line(self):
+        """Move a half-sent line to the head; how far that accounts for."""
+        chunk, data = self.chunk, self.chunk.data
+        if not self.offset:
+            return chunk.first
+        start = data.rfind(b'\n', 0, self.offset) + 1
+        if start == self.offset:        # it ended there
+            lines = data.count(b'\n', 0, start)
+        else:
+            end = data.index(b'\n', self.offset) + 1
+            self.head, self.head_sent = data[start:end], self.offset - start
+            if end == len(data):
+                self._finish_chunk()
+                return self.chunk.first
+            lines = data.count(b'\n', 0, end)
+        self.lines += lines
+        return chunk.first + lines
+
+    def listen(self):
+        """Discard what the peer sent; why it must part, or None."""
+        try:
+            data = self.sock.recv(_DISCARD_MAX)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return 'it is gone'
+        self.discarded += len(data)
+        self.half_closed = not data
+        if self.half_closed and not self.alive():
+            return 'it is gone'
+        if self.discarded > _DISCARD_MAX:
+            return 'it sent more than %d bytes' % _DISCARD_MAX
+        return None
+
+    def alive(self):
+        """Whether the peer is there; the end of its stream does not tell."""
+        try:
+            self.sock.send(b'', socket.MSG_NOSIGNAL)
+        except OSError:
+            return False
+        return True
+
+
+def _peer(sock):
+    """The pid and the uid of who connected, or else of who listens."""
+    size = struct.calcsize('3i')
+    return struct.unpack('3i', sock.getsockopt(
+        socket.SOL_SOCKET, socket.SO_PEERCRED, size))[:2]
+
+
+# -- the loop ---------------------------------------------------------------
+
+class _Event:
+    """An eventfd: readable while it is set. Half a socketpair's cost."""
+
+    def __init__(self, fd=None):
+        self._fd = fd
+        if fd is None:
+            fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            # On the number of a new socket, for eventlet hears of those: in
+            # a forked child it believes that numbers which we closed are
+            # still waited for, and would raise at every wait for this one.
+            new = socket.socket(socket.AF_UNIX)
+            self._fd = new.detach()     # apart, or a green one would close
+            os.dup2(fd, self._fd, inheritable=False)
+            os.close(fd)
+
+    def __del__(self):
+        # Not sooner: a thread that is about to write holds a reference, and
+        # must not write to whatever gets the number next.
+        if self._fd is not None:
+            os.close(self._fd)
+
+    def fileno(self):
+        return self._fd
+
+    def set(self):
+        os.eventfd_write(self._fd, 1)
+
+    def clear(self):
+        try:
+            os.eventfd_read(self._fd)
+        except BlockingIOError:
+            pass
+
+
+class _Gate:
+    """What notify() asks before it serializes: is anybody there?
+
+    ``open`` is the loop's answer. While it is False, the kernel knows of
+    those who have connected and whom the loop has not met yet.
+
+    No subscriber is missed. notify() finds the gate shut, looks, finds
+    nothing, and reads the gate again; let G be that moment. If the loop
+    opened the gate before G, notify() sees it. If it did so after G, it
+    accepted after the look, so the look would have found the connection
+    waiting. A look that was too late for its gate, which was replaced, sees
+    the new gate at G. (A number that was closed and taken by another file
+    can make a look say yes, which only costs a line to the loop.)
+    """
+
+    def __init__(self, filenos=(), is_open=False):
+        self.open = is_open
+        self._filenos = filenos
+        # A poll object that two threads use at once raises RuntimeError:
+        # each takes one out. A deque, for append and pop are atomic.
+        self._spare = collections.deque()
+
+    def look(self):
+        """Ask the kernel. Any thread; 0.5 us."""
+        try:
+            poller = self._spare.pop()
+        except IndexError:
+            poller = _select.poll()
+            for fileno in self._filenos:
+                poller.register(fileno, _select.POLLIN)
+        found = poller.poll(0)
+        self._spare.append(poller)
+        return bool(found)
+
+
+class _Backoff:
+    """When to try again: from 10 ms, doubling to 1 s, jittered.
+
+    Jittered, so that workers that lost the same thing do not march in step.
+    """
+
+    FIRST = 0.01
+    FACTOR = 2
+    MAX = 1
+
+    def __init__(self):
+        self.clear()
+
+    def clear(self):
+        self.delay = 0
+        self.at = None          # time.monotonic(), or None when all is well
+
+    def fail(self):
+        self.delay = min(
+            max(self.delay * self.FACTOR, self.FIRST), self.MAX)
+        self.at = time.monotonic() + self.delay * random.uniform(0.5, 1)
+
+
+class _Hub:
+    """All drivers of a process on one path: one queue, one loop.
+
+    emit(), drop(), start() and close() are for any thread, and never block
+    but for close(). The rest runs in the loop: in its thread or, once that
+    has ended, in close(). A test may call _turn() without any thread.
+    """
+
+    def __init__(self, settings):
+        self.settings = settings
+        self._forking = {}      # a lock for each pid: see forked()
+        self._reset()
+        self._pid = os.getpid()
+
+    def _reset(self):
+        """The state of this process; nothing of it is carried over a fork."""
+        # Any thread.
+        self._queue = collections.deque()   # lines, pads (None), gaps
+        self._room = self.settings.buffer_size // _QUEUE_UNIT
+        self._drops = itertools.count()     # next() is atomic, += is not
+        self._gap = None        # the queue ends in this gap, or soon will
+        self._asleep = True     # the loop must be woken, or started
+        self._gate = _Gate(is_open=True)    # keep all until the first claim
+        self._starting = threading.Lock()   # tried, never waited for
+        self._thread = None
+        self._waker = None
+        self._closing = False
+        self._checked = time.monotonic()    # when the path was looked after
+        # The loop alone.
+        self._selector = None
+        self._sockets = weakref.WeakSet()   # all there are, from _own()
+        self._lock = _Lock(self.settings.path + '.lock')
+        self._bound = None
+        self._handed = []       # RELAY's joint: chunks from other processes
+        self._subscribers = {}  # an ordered set
+        self._backlog = _Backlog(self.settings.buffer_size)
+        self._unsent = False    # someone may be sent more at once
+        self._retry = _Backoff()    # for the path
+        self._troubles = set()  # those already logged, until all is well
+        self._reserve = None    # a descriptor to give up when there is none
+        self._starved = False   # accepting fails for want of descriptors
+        self._pause = _Backoff()    # and refusing fails, too
+        self._drops_read = 0    # how often the loop called next(_drops)
+        self._drops_told = 0    # drops that records stand for
+
+    # Any thread.
+
+    def emit(self, message):
+        """Queue a notification for whoever is connected; else drop it."""
+        if self._pid != os.getpid():
+            self.forked()
+        gate = self._gate
+        if not gate.open and not self._anyone(gate):
+            return
+        queued = len(self._queue)
+        if self._gap is not None or queued >= self._room:
+            self.drop()
+            return
+        line = _encode(message, self.settings.mask_secrets)
+        if self._gap is not None or len(line) > _LINE_MAX:
+            self.drop()
+            return
+        # In one step, so that the loop never finds a line without its pads.
+        self._queue.extend((line,) + (None,) * (len(line) // _QUEUE_UNIT))
+        # The loop raises the flag before it looks at the queue for the last
+        # time. We append before we read the flag. One sees the other.
+        if self._asleep:
+            self._wake()
+        if queued > self._room // 2:
+            self._give_way()
+
+    def _anyone(self, gate):
+        """See _Gate for why nobody is missed."""
+        while not gate.open:
+            if gate.look():
+                return True
+            if gate is self._gate and not gate.open:
+                if time.monotonic() - self._checked > _CHECK_INTERVAL:
+                    self._wake()
+                return False
+            gate = self._gate
+        return True
+
+    def drop(self):
+        """Count a notification for which there is no room, at its place.
+
+        The count comes first. Then, if there is a gap, the loop has yet to
+        lift it before it reads the count: it cannot miss ours. If two
+        threads open one at once, the gap that is on record counts for both.
+        """
+        next(self._drops)
+        if self._gap is None:
+            self._gap = gap = bytearray()   # false, like a pad; not shared
+            self._queue.append(gap)
+        if self._asleep:
+            self._wake()
+
+    def _give_way(self):
+        """Let the loop have the GIL.
+
+        A system call of the loop costs it the GIL for up to 5 ms while we
+        run flat out. Not when sleep is patched: that would switch to other
+        green threads, in the middle of the caller's.
+        """
+        if isinstance(time.sleep, types.BuiltinFunctionType):
+            time.sleep(_GIVE_WAY)
+
+    def _wake(self):
+        # Lowered first. After the loop has woken it is the loop's to raise;
+        # to lower it then would leave the loop asleep with the flag down.
+        self._asleep = False
+        waker = self._waker
+        if waker is None:
+            self.start()
+        else:
+            waker.set()
+
+    def start(self):
+        """Start the loop, if need be. Never raises.
+
+        Without a thread to be had (3.12 has none at exit) the next line
+        tries again, and close() does what is left to do.
+        """
+        if self._closing or not self._starting.acquire(blocking=False):
+            return
+        try:
+            if self._thread is None:
+                self._waker = _Event()
+                thread = threading.Thread(
+                    target=self._run, args=(self._pid,),
+                    name='unix-notifier', daemon=True)
+                thread.start()
+                self._thread = thread
+                _close_with_multiprocessing(self)
+        except (OSError, RuntimeError):
+            self._waker = None
+            self._asleep = True
+        finally:
+            self._starting.release()
+
+    def close(self):
+        """Send what is queued, for a second at most, and free the path."""
+        if self._closing or self._pid != os.getpid():
+            return
+        self._closing = True
+        if self._thread is not None:
+            self._waker.set()
+            self._thread.join(_EXIT_TIME)
+            if self._thread.is_alive():
+                return      # stuck in a log handler, say; leave it its state
+        if self._thread is not None or self._queue:
+            self._leave()
+
+    def forked(self):
+        """A child starts afresh, and leaves to the parent what is its own.
+
+        It only closes: to unregister, unlock or shut down would reach the
+        parent, who shares all that. It does not log: locks may be held.
+        Threads that get here at once, where no hook was run at the fork,
+        wait for the first; a lock by pid cannot have been held in the parent.
+        """
+        pid = os.getpid()
+        with self._forking.setdefault(pid, threading.Lock()):
+            if self._pid != pid:
+                self._close_files()
+                self._reset()
+                self._pid = pid     # last: emit() compares it first
+
+    def _own(self, make, *args):
+        """A new socket, which a forked child is sure to know of."""
+        with _no_fork:
+            sock = make(*args)
+            self._sockets.add(sock)
+        return sock
+
+    def _close_files(self):
+        for each in (*self._sockets, self._selector, self._reserve,
+                     self._lock):
+            if each is not None:
+                each.close()
+
+    # The loop.
+
+    def _run(self, pid):
+        while not self._closing and pid == os.getpid():
+            try:
+                self._turn()
+            except Exception as error:
+                if pid == os.getpid():
+                    self._warn(error)
+                    time.sleep(_Backoff.MAX)
+
+    def _turn(self, limit=None):
+        """Wait for something to do, at most ``limit`` seconds, and do it.
+
+        What is due came from calls that may follow any connect() that has
+        returned. So: see how much is due, then accept who has come, then
+        take what is due.
+
+        :returns: whether there was anything to do
+        """
+        self._open()
+        events = self._wait(limit)
+        for key, mask in events:
+            key.data(mask)
+        self._look_after_path()
+        due, handed, self._handed = len(self._queue), self._handed, []
+        # Looked at now, whatever was reported before.
+        if self._bound is not None and (
+                self._pause.at or self._gate.look()):
+            self._accept()
+        self._take(due, handed)
+        self._flush()
+        self._set_open(bool(self._subscribers))     # lowered here alone
+        return bool(events or due or handed or self._unsent)
+
+    def _wait(self, limit):
+        if self._queue or self._unsent:
+            return self._select(0)
+        self._asleep = True
+        timeout = 0
+        if not self._queue:     # after the flag: see emit()
+            due = [each.at for each in (self._retry, self._pause) if each.at]
+            if limit is not None:
+                due.append(time.monotonic() + limit)
+            timeout = max(0, min(due) - time.monotonic()) if due else None
+        events = self._select(timeout)
+        self._asleep = False
+        return events
+
+    def _select(self, timeout):
+        pid = os.getpid()
+        try:
+            return self._selector.select(timeout)
+        finally:
+            # Green threads survive a fork, and this one may wake in the
+            # child, which has a loop of its own.
+            if pid != os.getpid():
+                raise RuntimeError('not the loop of this process')
+
+    def _open(self):
+        if self._selector is None:
+            # Looked up now: bound before monkey patching, it would block
+            # all green threads of the process.
+            self._selector = selectors.DefaultSelector()
+            if self._waker is not None:
+                self._watch(self._waker, lambda _: self._waker.clear())
+            self._keep_reserve()
+            self._check_path()
+
+    def _set_open(self, is_open):
+        self._gate.open = is_open
+
+    def _say(self, level, text, *args):
+        LOG.log(level, 'Notifications on %s: ' + text,
+                self.settings.path, *args)
+
+    # The path.
+
+    def _look_after_path(self):
+        if self._closing and self._bound is not None:
+            return      # who leaves does not come back
+        due = self._retry.at or self._checked + _CHECK_INTERVAL
+        if time.monotonic() > due:
+            self._check_path()
+
+    def _check_path(self):
+        """Own the path, or say once why not and when to try again."""
+        self._checked = time.monotonic()
+        try:
+            self._claim()
+        except OSError as error:
+            self._trouble(error)
+        else:
+            self._retry.clear()
+            if self._troubles:
+                self._say(logging.WARNING, 'all is well again')
+            self._troubles.clear()
+
+    def _trouble(self, error):
+        """We could not own the path: nobody can connect to us."""
+        self._retry.fail()
+        if self._bound is None:
+            self._gate = _Gate(is_open=bool(self._subscribers))
+        self._warn(error)
+
+    def _warn(self, error):
+        """Log each kind of error once, until all is well again."""
+        kind = (type(error), getattr(error, 'errno', None),
+                getattr(error, 'filename', None))
+        if kind not in self._troubles:
+            self._troubles.add(kind)
+            LOG.warning('Notifications on %s: %s; trying again',
+                        self.settings.path, error,
+                        exc_info=not isinstance(error, OSError))
+
+    def _claim(self):
+        """Own the lock and the path, as they are now; or raise OSError."""
+        ours = self._bound is not None and self._bound.intact()
+        if not self._lock.intact():
+            self._lock.close()
+            try:
+                self._lock.acquire()
+            except BlockingIOError:
+                if self._bound is not None and not ours:
+                    self._resign()
+                raise
+            if ours:
+                self._lock.write(self._owned())
+        if not ours:
+            self._serve()
+
+    def _serve(self):
+        """Bind and listen. What was bound before has lost the path."""
+        if self._bound is not None:
+            self._accept()      # who came before the path was taken away
+        try:
+            bound = self._listener()
+            self._lock.write([bound])
+        except OSError:
+            self._lock.close()  # whoever can may have the path
+            raise
+        old, self._bound = self._bound, bound
+        # In place before the old listener is closed: see _Gate.
+        self._gate = _Gate((bound.sock.fileno(),), bool(self._subscribers))
+        self._announce()
+        bound.sock.listen(_BACKLOG)
+        self._pause.clear()
+        self._watch(bound.sock, self._on_knock)
+        if old is not None:
+            self._close_listener(old)
+        self._say(logging.INFO, 'served with mode %04o, group %s, by pid %d',
+                  self.settings.mode, self.settings.group or 'unchanged',
+                  self._pid)
+
+    def _owned(self):
+        """What a new lock file has to name."""
+        return [self._bound]
+
+    def _listener(self):
+        path = self.settings.path
+        _clear(path, self._lock.read().get(path))
+        gid = _gid(self.settings.group)
+        return _bind(self._own(_unix_socket), path, self.settings.mode, gid)
+
+    def _announce(self):
+        """RELAY's joint: before it listens, tell who looks at it."""
+
+    def _on_knock(self, _mask):
+        """It has ended the wait; that is all."""
+
+    def _close_listener(self, bound):
+        # First: a forked child may hold it open, and what happens to it
+        # would be reported here for ever.
+        self._unwatch(bound.sock)
+        bound.unlink()
+        bound.sock.close()
+
+    def _watch(self, sock, callback):
+        self._selector.register(sock, selectors.EVENT_READ, callback)
+
+    def _unwatch(self, sock):
+        try:
+            self._selector.unregister(sock)
+        except KeyError:
+            pass
+
+    def _resign(self):
+        """Another process owns the path: send the subscribers there."""
+        bound, self._bound = self._bound, None
+        self._gate = _Gate(is_open=True)    # until it is clear who serves
+        self._close_listener(bound)
+        for subscriber in list(self._subscribers):
+            self._part(subscriber, 'another process took the path')
+
+    # Subscribers.
+
+    def _accept(self):
+        """Accept all that wait; the kernel hands them over in their order."""
+        paused = self._pause.at
+        if paused and time.monotonic() < paused:
+            return
+        self._set_open(True)    # before the first: see _Gate
+        try:
+            for _ in range(_BACKLOG + 1):
+                self._accept_one()
+        except BlockingIOError:
+            pass        # nobody waits any more
+        if paused and self._pause.at == paused:
+            self._pause.clear()
+            self._watch(self._bound.sock, self._on_knock)
+
+    def _accept_one(self):
+        try:
+            sock = self._own(_accept, self._bound.sock)
+        except OSError as error:
+            if error.errno == errno.EAGAIN:
+                raise
+            if error.errno in _STARVED:
+                self._turn_away(error)
+        else:
+            self._admit(sock)
+
+    def _admit(self, sock):
+        if self._pause.at:
+            # It waited while we could do nothing, and missed what was sent.
+            self._refuse(sock, _NO_DESCRIPTORS)
+            return
+        if self._starved:
+            self._starved = False
+            self._say(logging.WARNING, 'subscribers are accepted again')
+        if self._full():
+            self._refuse(sock, 'sock_max_subscribers is %d'
+                         % self.settings.max_subscribers)
+            return
+        sock.setblocking(False)
+        subscriber = _Subscriber(sock, self._backlog,
+                                 'pid %d, uid %d' % _peer(sock))
+        self._subscribers[subscriber] = None
+        self._rewatch(subscriber)
+        self._say(logging.INFO, 'subscriber connected: %s', subscriber.who)
+
+    def _full(self):
+        """Whether all places are taken by subscribers that are still there.
+
+        One that half-closed is not watched, for the end of its stream would
+        be reported for ever: it is asked when its place is wanted.
+        """
+        limit = self.settings.max_subscribers
+        if len(self._subscribers) >= limit:
+            for subscriber in list(self._subscribers):
+                if subscriber.half_closed and not subscriber.alive():
+                    self._part(subscriber, 'it is gone')
+        return len(self._subscribers) >= limit
+
+    def _refuse(self, sock, reason):
+        with sock:
+            try:
+                sock.setblocking(False)
+                # It fits: nothing was sent on this connection before.
+                sock.send(_record('notifications.refused', reason=reason),
+                          socket.MSG_NOSIGNAL)
+                sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass    # it did not wait for an answer
+
+    def _turn_away(self, error):
+        """Give up the reserve, to refuse one; or pause accepting.
+
+        The listener stays readable and would be reported for ever.
+
+        :raises: BlockingIOError when nobody is left to refuse, or to pause
+        """
+        if not self._starved:
+            self._starved = True
+            self._say(logging.WARNING, 'subscribers are refused: %s', error)
+        try:
+            if self._reserve is not None:
+                self._reserve.close()
+            self._refuse(_accept(self._bound.sock), _NO_DESCRIPTORS)
+        except BlockingIOError:
+            raise
+        except OSError:     # another thread was faster; or no reserve
+            self._unwatch(self._bound.sock)
+            self._pause.fail()
+            raise BlockingIOError(errno.EAGAIN, 'accepting pauses')
+        finally:
+            self._keep_reserve()
+
+    def _keep_reserve(self):
+        try:
+            if self._reserve is None or self._reserve.closed:
+                self._reserve = open(os.devnull, 'rb', buffering=0)
+        except OSError:
+            pass
+
+    def _rewatch(self, subscriber):
+        """Have the selector watch for what the subscriber can do next."""
+        mask = subscriber.wanted()
+        if mask == subscriber.mask:
+            return
+        if subscriber.mask:
+            self._selector.unregister(subscriber.sock)
+        if mask:
+            self._selector.register(subscriber.sock, mask, functools.partial(
+                self._on_subscriber, subscriber))
+        subscriber.mask = mask
+
+    def _on_subscriber(self, subscriber, mask):
+        if subscriber not in self._subscribers:
+            return      # it parted earlier in this turn
+        if mask & selectors.EVENT_READ:
+            reason = subscriber.listen()
+            if reason is not None:
+                self._part(subscriber, reason)
+                return
+            self._rewatch(subscriber)
+        if mask & selectors.EVENT_WRITE:
+            self._send(subscriber)
+
+    def _part(self, subscriber, reason):
+        """End the stream of a subscriber, or take note that it has ended."""
+        del self._subscribers[subscriber]
+        self._unwatch(subscriber.sock)
+        _hang_up(subscriber.sock)
+        self._say(logging.INFO, 'subscriber parted: %s, %d lines, %d lost; %s',
+                  subscriber.who, subscriber.received(),
+                  subscriber.lost + subscriber.skipped, reason)
+
+    # Lines.
+
+    def _take(self, due, handed):
+        """Move what is due to the backlog, in its order."""
+        batch = [self._queue.popleft() for _ in range(due)]
+        gap = self._gap
+        if gap is not None:
+            place = next((place for place, each in enumerate(batch)
+                          if each is gap), due)
+            self._append(batch[:place])
+            if place < due:
+                self._append_gap()
+            batch = batch[place:]
+        self._append(batch)
+        if self._subscribers:
+            for chunk in handed:
+                self._backlog.append(*chunk)
+
+    def _append(self, batch):
+        if self._subscribers:
+            # Without the pads, and gaps that are not on record.
+            self._backlog.extend(list(filter(None, batch)))
+
+    def _append_gap(self):
+        """Put a record where publishers found the queue full; see drop()."""
+        self._gap = None    # before the count is read
+        # next() tells how often it was called before, by us included.
+        drops = next(self._drops) - self._drops_read
+        self._drops_read += 1
+        lost, self._drops_told = drops - self._drops_told, drops
+        if lost and self._subscribers:
+            self._backlog.append(
+                self._gap_line(lost, 'queue full'), 0, lost)
+
+    def _gap_line(self, lost, reason):
+        return _lost_record(lost, reason)
+
+    def _flush(self):
+        """Send to all who take more, and hold the others to the bound."""
+        self._unsent = False
+        held = 0
+        for subscriber in list(self._subscribers):
+            if subscriber.pending() and not subscriber.blocked:
+                self._send(subscriber)
+            if subscriber in self._subscribers and subscriber.pending():
+                self._hold(subscriber)
+                held = max(held, self._backlog.behind(subscriber.chunk))
+                self._unsent |= not subscriber.blocked
+        # Queue and backlog share the memory; but one that lags must not
+        # leave too little room for those that do not.
+        limit = self._backlog.limit
+        self._room = max(limit - held, limit // 4) // _QUEUE_UNIT
+
+    def _send(self, subscriber):
+        try:
+            subscriber.flush()
+        except OSError:
+            self._part(subscriber, 'it is gone')
+            return
+        self._rewatch(subscriber)
+        if subscriber.lagging is not None and not subscriber.pending():
+            self._say(logging.WARNING, 'subscriber caught up: %s; it lost %d '
+                      'notifications', subscriber.who,
+                      subscriber.lost - subscriber.lagging)
+            subscriber.lagging = None
+
+    def _hold(self, subscriber):
+        """Keep within the bound what the subscriber has yet to be sent."""
+        lost = subscriber.lost + subscriber.skipped
+        if subscriber.trim(self._backlog) and subscriber.lagging is None:
+            subscriber.lagging = lost
+            self._say(logging.WARNING, 'subscriber lags by more than %d '
+                      'bytes and loses notifications: %s',
+                      self._backlog.limit, subscriber.who)
+
+    # The end.
+
+    def _leave(self):
+        """Serve who is there with what is there; then close, lock last.
+
+        Runs in the exit handler, once the loop has ended.
+        """
+        self._open()
+        if self._bound is not None:
+            self._retry.clear()
+            self._cut_off()
+        self._turn(0)
+        if self._bound is not None:
+            self._unwatch(self._bound.sock)     # who comes now is not ours
+        progress = time.monotonic()
+        deadline = progress + _EXIT_TIME
+        while (any(each.pending() for each in self._subscribers)
+               and time.monotonic() < min(deadline, progress + _EXIT_STALL)):
+            unread = self._unread()
+            if self._turn(_EXIT_STALL) or self._unread() != unread:
+                progress = time.monotonic()
+        self._gate = _Gate()
+        self._close_all()
+
+    def _unread(self):
+        """Bytes that the kernel still holds for subscribers.
+
+        One that reads slowly is at it long before its socket is writable:
+        for that it must have read three quarters of it.
+        """
+        return sum(struct.unpack('i', fcntl.ioctl(
+            each.sock, termios.TIOCOUTQ, bytes(4)))[0]
+            for each in self._subscribers if each.sock is not None)
+
+    def _cut_off(self):
+        """Let nobody in who is not there yet."""
+        self._bound.unlink()
+
+    def _close_all(self):
+        for subscriber in list(self._subscribers):
+            self._part(subscriber, 'the service stops')
+        if self._bound is not None:
+            self._close_listener(self._bound)
+        self._close_files()
+
+
+def _unix_socket(fileno=None):
+    # In full even with a fileno, for a green socket does not ask the kernel.
+    return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=fileno)
+
+
+def _accept(sock):
+    return sock.accept()[0]
+
+
+def _hang_up(sock):
+    """End the stream, even while a forked child holds the socket open."""
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass        # the peer was first
+    sock.close()
+
+
+# -- the driver -------------------------------------------------------------
+
+_hubs = {}      # the hubs of this process, by path
+_hubs_lock = threading.RLock()   # held to add one
+
+
+def _hub_for(settings):
+    """The one hub for the path, made if need be."""
+    with _hubs_lock:
+        if settings.path not in _hubs:
+            _hubs[settings.path] = UnixDriver.hub_class(settings)
+        return _hubs[settings.path]
+
+
+def _after_fork_in_child():
+    global _hubs_lock, _no_fork
+    _hubs_lock, _no_fork = threading.RLock(), threading.RLock()
+    for hub in _hubs.values():
+        hub.forked()
+
+
+def _at_exit():
+    for hub in list(_hubs.values()):
+        try:
+            hub.close()
+        except Exception:
+            LOG.exception('Notifications on %s: closing failed',
+                          hub.settings.path)
+
+
+def _close_with_multiprocessing(hub):
+    """A child of multiprocessing leaves by os._exit, without atexit.
+
+    It runs its finalizers, which its bootstrap clears, hence not sooner.
+    """
+    if process.parent_process() is not None:
+        util.Finalize(None, hub.close, exitpriority=0)
+
+
+os.register_at_fork(before=lambda: _no_fork.acquire(),
+                    after_in_parent=lambda: _no_fork.release(),
+                    after_in_child=_after_fork_in_child)
+atexit.register(_at_exit)
+
+
+class UnixDriver(notifier.Driver):
+
+    """Publish notifications to every process connected to a Unix socket.
+
+    Delivery is at most once, in order, and to whoever is connected when
+    ``notify()`` is called. See the module's docstring.
+    """
+
+    hub_class = _Hub
+
+    def __init__(self, conf=None, topics=None, transport=None):
+        """Read the options and start to serve the path.
+
+        Without ``conf``, as the routing driver constructs all drivers there
+        are, nothing happens until the first notification, which takes the
+        options from the global ``cfg.CONF``.
+
+        :param conf: configuration options
+        :type conf: oslo_config.cfg.ConfigOpts
+        :param topics: not used: every subscriber gets everything
+        :param transport: not used
+        :raises: ValueError, naming the option, the value and the limit
+        """
+        super().__init__(conf, topics, transport)
+        self._settings = self._hub = self._fault = None
+        if conf is not None:
+            self._configure(conf)
+            if self._hub.settings != self._settings:
+                LOG.warning('The notification socket is configured twice, '
+                            'and what came first counts: %(first)s, not '
+                            '%(other)s', {'first': self._hub.settings,
+                                          'other': self._settings})
+            self._hub.start()
+
+    def __getstate__(self):
+        """Leave behind whatever is of this process."""
+        return dict(self.__dict__, conf=None, transport=None, _hub=None)
+
+    def _configure(self, conf):
+        if self._settings is None:
+            register_opts(conf)
+            self._settings = _read_settings(conf)
+        self._hub = _hub_for(self._settings)
+
+    def notify(self, ctxt, message, priority, retry):
+        """Hand a notification to whoever is connected, or drop it.
+
+        Never blocks, raises or logs: an exception would make the Notifier
+        log the payload, and a log handler may be what calls us.
+
+        :param ctxt: not sent
+        :param message: the notification; serialized before this returns
+        :type message: dict
+        :param priority: not used; the message has it
+        :param retry: not used
+        """
+        hub = self._hub or self._late_hub()
+        if hub is None:
+            return
+        try:
+            hub.emit(message)
+        except Exception:
+            hub.drop()      # out of memory, say: lost, and accounted for
+
+    def _late_hub(self):
+        """The hub at the first call, if there was no conf; None if invalid.
+
+        There is nobody to raise an error to, and notify() must not log: a
+        thread does.
+        """
+        with _hubs_lock:
+            if self._hub is None and self._fault is None:
+                try:
+                    self._configure(cfg.CONF)
+                except Exception as error:
+                    self._fault = str(error)
+                    self._log_fault()
+            return self._hub
+
+    def _log_fault(self):
+        try:
+            threading.Thread(target=LOG.error, daemon=True, args=(
+                'No notifications are published: %s', self._fault)).start()
+        except RuntimeError:
+            pass        # no more threads: the process exits, most likely

@@ -66,6 +66,7 @@ import selectors
 import socket
 import stat
 import struct
+import sys
 import termios
 import threading
 import time
@@ -423,9 +424,6 @@ class _Lock:
         try:
             self._check(os.fstat(self.fd))
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not self.intact():   # replaced between open and flock
-                raise FileNotFoundError(
-                    errno.ENOENT, 'the lock was replaced', self.path)
         except BlockingIOError as error:
             owner = self.read().get('pid', 'unknown')
             self.close()
@@ -434,6 +432,10 @@ class _Lock:
         except OSError:
             self.close()
             raise
+        if not self.intact():
+            self.close()
+            raise BlockingIOError(
+                errno.EAGAIN, 'replaced as we took it', self.path)
 
     def _refuse_root(self):
         """Keep root out of a service's directory, before it creates a file.
@@ -816,11 +818,17 @@ class _Event:
             os.dup2(fd, self._fd, inheritable=False)
             os.close(fd)
 
-    def __del__(self):
-        # Not sooner: a thread that is about to write holds a reference, and
-        # must not write to whatever gets the number next.
+    def close(self):
+        """Only where no thread can be about to write to it.
+
+        Else the last reference closes it, which such a thread holds: it must
+        not write to whatever gets the number next.
+        """
         if self._fd is not None:
             os.close(self._fd)
+            self._fd = None
+
+    __del__ = close
 
     def fileno(self):
         return self._fd
@@ -929,6 +937,7 @@ class _Hub:
         self._handed = []       # RELAY's joint: chunks from other processes
         self._subscribers = {}  # an ordered set
         self._backlog = _Backlog(self.settings.buffer_size)
+        self._accepting = True
         self._unsent = False    # someone may be sent more at once
         self._retry = _Backoff()    # for the path
         self._troubles = set()  # those already logged, until all is well
@@ -1057,6 +1066,8 @@ class _Hub:
         pid = os.getpid()
         with self._forking.setdefault(pid, threading.Lock()):
             if self._pid != pid:
+                if self._waker is not None:
+                    self._waker.close()     # all threads wait here
                 self._close_files()
                 self._reset()
                 self._pid = pid     # last: emit() compares it first
@@ -1101,7 +1112,7 @@ class _Hub:
         self._look_after_path()
         due, handed, self._handed = len(self._queue), self._handed, []
         # Looked at now, whatever was reported before.
-        if self._bound is not None and (
+        if self._bound is not None and self._accepting and (
                 self._pause.at or self._gate.look()):
             self._accept()
         self._take(due, handed)
@@ -1489,8 +1500,9 @@ class _Hub:
             self._retry.clear()
             self._cut_off()
         self._turn(0)
+        self._accepting = False     # who comes now is for the next leader
         if self._bound is not None:
-            self._unwatch(self._bound.sock)     # who comes now is not ours
+            self._unwatch(self._bound.sock)
         progress = time.monotonic()
         deadline = progress + _EXIT_TIME
         while (any(each.pending() for each in self._subscribers)
@@ -1671,3 +1683,515 @@ class UnixDriver(notifier.Driver):
                 'No notifications are published: %s', self._fault)).start()
         except RuntimeError:
             pass        # no more threads: the process exits, most likely
+
+
+# ---------------------------------------------------------------------------
+# RELAY: all processes of a user on one path
+# ---------------------------------------------------------------------------
+#
+# The process that holds the lock, the leader, serves the path. The others
+# follow: each is a hub with one subscriber, its uplink, which is connected
+# to the leader's second socket, <sock_path>.relay. Both sides begin with a
+# line that names the protocol. The leader adds two descriptors: the listener,
+# so that a follower sees who has connected and not been accepted yet, and
+# the presence, an eventfd that is readable while there are subscribers.
+# Then the follower's lines go up. A line that begins with '-', as no JSON
+# object does, is for the leader: '-12 reason' stands for 12 notifications
+# that were lost, '-0 ...' for none, and only wakes it.
+#
+# When the uplink ends, the followers try the lock. Who gets it goes on with
+# the listener that it was passed, so that nobody in its backlog is stranded;
+# the others follow the new leader. What an uplink has not sent is kept.
+
+_HELLO = b'unix-notifier relay 1 '
+
+# Bytes that the first line from a follower may have.
+_HELLO_MAX = 4096
+
+
+def _chunks(block):
+    """What a follower sent, as chunks: (data, lines, lost).
+
+    :param block: whole lines
+    :raises: ValueError when the follower speaks nonsense
+    """
+    if not (block.startswith(b'-') or b'\n-' in block):
+        return [(block, block.count(b'\n'), 0)] if block else []
+    chunks = []
+    for control, group in itertools.groupby(
+            block.splitlines(True), lambda line: line.startswith(b'-')):
+        lines = list(group)
+        if not control:
+            chunks.append((b''.join(lines), len(lines), 0))
+            continue
+        for line in lines:
+            lost, reason = line[1:].decode('ascii').strip().split(' ', 1)
+            if not lost.isdigit():
+                raise ValueError('%r is no number' % lost)
+            if int(lost):
+                chunks.append((_lost_record(int(lost), reason), 0, int(lost)))
+    return chunks
+
+
+class _Uplink(_Subscriber):
+    """The leader, as its follower sees it: the one subscriber there is.
+
+    The cursor, the bound and the account are any subscriber's. While there
+    is no leader it has no socket, and is blocked.
+    """
+
+    def __init__(self, backlog):
+        super().__init__(None, backlog, 'the leader')
+        self.greeted = False    # the leader has said hello
+        self.blocked = True
+
+    def wanted(self):
+        return super().wanted() if self.greeted else selectors.EVENT_READ
+
+    def greet(self):
+        """The leader takes lines from now on."""
+        self.greeted = True
+        self.blocked = False
+
+    def lost_line(self, lost):
+        return b'-%d relay stalled\n' % lost
+
+    def disconnect(self):
+        """Keep what was not sent. A half-sent line goes whole to the next:
+
+        its LF never left, so the last leader has dropped it.
+        """
+        sock, self.sock = self.sock, None
+        self.greeted, self.blocked, self.mask = False, True, 0
+        self.head_sent = 0
+        self.offset = self.chunk.data.rfind(b'\n', 0, self.offset) + 1
+        return sock
+
+    def forget(self, backlog):
+        """Owe nothing: nobody is there to whom it could go."""
+        self.chunk, self.offset = backlog.tail, 0
+        self.head, self.head_sent, self.skipped = b'', 0, 0
+
+    def rest(self):
+        """All that is pending, as chunks."""
+        parts = [self.head]
+        if self.skipped:
+            parts.append(self.lost_line(self.skipped))
+        chunk, offset = self.chunk, self.offset
+        while chunk.next:
+            parts.append(chunk.data[offset:])
+            chunk, offset = chunk.next, 0
+        return [each for part in parts for each in _chunks(part)]
+
+
+class _Follower:
+    """A follower, as the leader sees it: where lines come from."""
+
+    def __init__(self, sock, who):
+        self.sock = sock
+        self.who = who
+        self._greeted = False
+        self._parts = []    # of a line whose end has not come
+        self._size = 0
+
+    def read(self):
+        """Chunks that have come, or None at the end of the stream.
+
+        A line without its end is dropped: the follower sends it again, to
+        the next leader, or was killed.
+
+        :raises: ValueError when it speaks nonsense; OSError when it is gone
+        """
+        data = self.sock.recv(_CHUNK_MAX)
+        if not data:
+            return None
+        whole, newline, rest = data.rpartition(b'\n')
+        block = b''
+        if newline:
+            block = b''.join(self._parts) + whole + newline
+            self._parts, self._size = [], 0
+        self._parts.append(rest)
+        self._size += len(rest)
+        if block and not self._greeted:
+            block = self._check_hello(block)
+        limit = _LINE_MAX if self._greeted else _HELLO_MAX
+        if self._size > limit:
+            raise ValueError('a line of more than %d bytes' % limit)
+        return _chunks(block)
+
+    def _check_hello(self, block):
+        hello, _, block = block.partition(b'\n')
+        if hello + b' ' != _HELLO:
+            raise ValueError('%r is not the protocol %r' % (
+                hello[:80], _HELLO))
+        self._greeted = True
+        return block
+
+
+class _RelayHub(_Hub):
+    """A hub that shares its path with the hubs of other processes."""
+
+    def _reset(self):
+        super()._reset()
+        # The loop alone. As a follower, and before anything is known:
+        self._uplink = _Uplink(self._backlog)   # None while leading
+        self._subscribers[self._uplink] = None
+        self._keep = True       # whether someone may be owed what is queued
+        self._passed = None     # the leader's listener, by hello
+        self._presence = None   # the leader's, by hello, or our own
+        # As a leader:
+        self._relay = None      # what followers connect to
+        self._followers = {}    # an ordered set
+        self._present = False   # what the presence says
+        self._strangers = set()     # peers already logged
+
+    def _close_files(self):
+        super()._close_files()
+        if self._presence is not None:
+            self._presence.close()      # the loop alone writes to it
+
+    def start(self):
+        if _before_uwsgi_forks():
+            self._queue.clear()
+            self._asleep = True
+        else:
+            super().start()
+
+    def _set_open(self, is_open):
+        if self._uplink is not None:
+            # A follower asks the kernel, as the leader may be stopped. But
+            # while there is no leader it cannot know, and keeps all.
+            is_open = self._keep
+        elif is_open != self._present:
+            # Before the gate, and so before accept(): see _Gate.
+            self._present = is_open
+            if is_open:
+                self._presence.set()
+            else:
+                self._presence.clear()
+        super()._set_open(is_open)
+
+    def _gap_line(self, lost, reason):
+        if self._uplink is None:
+            return super()._gap_line(lost, reason)
+        return b'-%d %s\n' % (lost, reason.encode('ascii'))
+
+    def _owned(self):
+        return [each for each in (self._bound, self._relay) if each]
+
+    def _trouble(self, error):
+        patient = self._retry.delay < _Backoff.MAX
+        if isinstance(error, (BlockingIOError, PermissionError)) and patient:
+            # The lock is held, or not for us; its owner has not answered: it
+            # has just come, or is about to leave, or is stopped. Keep all.
+            self._retry.fail()
+            return
+        if self._uplink is not None and error.errno not in (
+                errno.EAGAIN, *_STARVED):
+            # Nobody led, nor could: what we had until then is owed to nobody.
+            self._uplink.forget(self._backlog)
+        super()._trouble(error)
+
+    # Following.
+
+    def _claim(self):
+        if self._uplink is None or self._uplink.sock is None:
+            try:
+                self._lead()
+                return
+            except (BlockingIOError, PermissionError) as error:
+                if self._uplink is None:
+                    raise       # we lead, if only those who are connected
+                self._follow(error)
+        if not self._uplink.greeted:
+            raise BlockingIOError(errno.EAGAIN, 'no answer from %s'
+                                  % self._uplink.who, self._relay_path())
+        self._nudge()
+
+    def _lead(self):
+        super()._claim()
+        if self._uplink is not None:
+            self._take_over()
+        if not self._closing and not (self._relay and self._relay.intact()):
+            self._serve_relay()
+
+    def _relay_path(self):
+        return self.settings.path + '.relay'
+
+    def _follow(self, error):
+        """Connect to the leader, who answers with a hello; or raise."""
+        sock = self._own(_unix_socket)
+        try:
+            sock.setblocking(False)
+            sock.connect(self._relay_path())
+            who = self._check_peer(sock)
+            sock.send(_HELLO[:-1] + b'\n', socket.MSG_NOSIGNAL)
+        except OSError:
+            sock.close()
+            raise error
+        self._uplink.sock, self._uplink.who = sock, 'the leader, ' + who
+        self._rewatch(self._uplink)
+
+    def _on_subscriber(self, subscriber, mask):
+        if subscriber is not self._uplink:
+            super()._on_subscriber(subscriber, mask)
+            return
+        if mask & selectors.EVENT_READ:
+            self._on_leader()
+        if mask & selectors.EVENT_WRITE and subscriber.greeted:
+            self._send(subscriber)
+
+    def _check_peer(self, sock):
+        """Who the peer is; raises PermissionError unless it may be one."""
+        pid, uid = _peer(sock)
+        trusted = {0, os.geteuid()}
+        if os.geteuid() == 0:   # who only follows: see _Lock
+            trusted.add(os.stat(os.path.dirname(self.settings.path)).st_uid)
+        if uid not in trusted:
+            self._log_stranger('pid %d, uid %d: not trusted' % (pid, uid))
+            raise PermissionError(errno.EPERM, 'uid %d is not trusted' % uid)
+        return 'pid %d, uid %d' % (pid, uid)
+
+    def _log_stranger(self, text):
+        if text not in self._strangers:
+            self._strangers.add(text)
+            self._say(logging.WARNING, 'relay refused: %s', text)
+
+    def _on_leader(self):
+        """The leader says hello, again when its listener is new; or ends."""
+        # Open, for a new hello is one of the things that the gate looks at.
+        gate, self._gate = self._gate, _Gate(is_open=True)
+        try:
+            with _no_fork:
+                data, fds, _, _ = socket.recv_fds(self._uplink.sock, 4096, 2)
+                passed = self._receive(fds)
+        except BlockingIOError:
+            self._gate = gate
+            return
+        except OSError:
+            data, passed = b'', None
+        hello, _, identity = data.partition(b'[')
+        if hello == _HELLO and passed is not None:
+            self._greeted(json.loads(b'[' + identity), *passed)
+            return
+        if data:
+            # Without its descriptors, if we are out of them.
+            self._log_stranger('%s: %r is not the hello %r with two '
+                               'descriptors' % (
+                                   self._uplink.who, data[:80], _HELLO))
+        self._orphaned()
+
+    def _receive(self, fds):
+        """The listener and the presence that came with a hello, or None."""
+        for fd in fds:
+            os.set_inheritable(fd, False)   # recv_fds cannot be told
+        if len(fds) == 2:
+            return self._own(_unix_socket, fds[0]), _Event(fds[1])
+        for fd in fds:
+            os.close(fd)
+        return None
+
+    def _greeted(self, identity, sock, presence):
+        sock.setblocking(False)
+        # The uplink is looked at, too: the hello for a listener that is new
+        # may wait there.
+        gate = _Gate((sock.fileno(), presence.fileno(),
+                      self._uplink.sock.fileno()))
+        if self._keep:
+            self._say(logging.INFO, 'relayed to %s', self._uplink.who)
+            if not gate.look():
+                self._uplink.forget(self._backlog)  # nobody is owed it
+        # In place before what the old one looks at is closed.
+        self._gate = gate
+        self._presence = presence
+        old, self._passed = self._passed, _Bound(
+            self.settings.path, sock, identity)
+        if old is not None:
+            old.sock.close()
+        self._keep = False
+        self._uplink.greet()
+        self._check_path()      # all is well
+
+    def _nudge(self):
+        """Have the leader look after the path, if it has lost it."""
+        if not (self._passed.intact() and os.path.exists(self._relay_path())):
+            self._backlog.append(b'-0 look\n', 0)
+
+    def _orphaned(self):
+        """The leader has gone. Keep what it is owed for the next."""
+        self._keep = True
+        self._gate = _Gate(is_open=True)    # before what it looks at closes
+        self._unwatch(self._uplink.sock)
+        greeted = self._uplink.greeted
+        self._uplink.disconnect().close()
+        if greeted:
+            self._check_path()
+        else:
+            self._retry.fail()      # or we would be refused without end
+
+    def _part(self, subscriber, reason):
+        if subscriber is self._uplink:
+            self._orphaned()
+        else:
+            super()._part(subscriber, reason)
+
+    # Leading.
+
+    def _listener(self):
+        """The last leader's listener, if the path is still that socket."""
+        if self._uplink is not None:
+            self._presence, self._present = _Event(), False
+        passed, self._passed = self._passed, None
+        if passed is not None:
+            if passed.intact():
+                # Its mode may have been changed by hand since.
+                passed.identity = _identity(os.lstat(passed.path))
+                return passed
+            self._strand(passed.sock)
+        return super()._listener()
+
+    def _strand(self, sock):
+        """Let go who waits at a listener that has lost the path."""
+        try:
+            while True:
+                sock.accept()[0].close()
+        except OSError:
+            sock.close()
+
+    def _take_over(self):
+        """Lead. What the uplink is owed goes to those who wait."""
+        uplink, self._uplink = self._uplink, None
+        del self._subscribers[uplink]
+        self._accept()
+        for chunk in uplink.rest():
+            self._backlog.append(*chunk)
+        self._unsent = True     # we may be in _flush(), and past them
+
+    def _announce(self):
+        for follower in list(self._followers):
+            self._greet(follower)
+
+    def _serve_relay(self):
+        path = self._relay_path()
+        _clear(path, self._lock.read().get(path))
+        old, self._relay = self._relay, _bind(
+            self._own(_unix_socket), path, 0o600)
+        if old is not None:
+            self._close_listener(old)
+        self._lock.write(self._owned())
+        self._relay.sock.listen(_BACKLOG)
+        self._watch(self._relay.sock, self._on_relay)
+
+    def _on_relay(self, _mask):
+        try:
+            for _ in range(_BACKLOG + 1):
+                self._welcome(self._own(_accept, self._relay.sock))
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            # Out of descriptors. They keep what they have, and come back.
+            self._close_listener(self._relay)
+            self._relay = None
+            self._retry.fail()
+            self._warn(error)
+
+    def _welcome(self, sock):
+        sock.setblocking(False)
+        try:
+            follower = _Follower(sock, self._check_peer(sock))
+        except OSError:
+            sock.close()
+            return
+        self._followers[follower] = None
+        self._watch(sock, functools.partial(self._on_follower, follower))
+        self._greet(follower)
+
+    def _greet(self, follower):
+        hello = _HELLO + json.dumps(self._bound.identity).encode() + b'\n'
+        try:
+            socket.send_fds(follower.sock, [hello], [
+                self._bound.sock.fileno(), self._presence.fileno()],
+                socket.MSG_NOSIGNAL)
+        except OSError:
+            self._dismiss(follower)
+
+    def _on_follower(self, follower, _mask):
+        if follower not in self._followers:
+            return
+        try:
+            chunks = follower.read()
+        except BlockingIOError:
+            return
+        except OSError:
+            chunks = None
+        except ValueError as error:
+            self._log_stranger('%s: %s' % (follower.who, error))
+            chunks = None
+        if chunks is None:
+            self._dismiss(follower)
+        else:
+            self._handed += chunks
+
+    def _dismiss(self, follower):
+        del self._followers[follower]
+        self._unwatch(follower.sock)
+        _hang_up(follower.sock)
+
+    def _resign(self):
+        self._leave_relay()
+        super()._resign()
+        self._presence = None
+        self._keep = True
+        self._uplink = _Uplink(self._backlog)
+        self._subscribers[self._uplink] = None
+
+    def _leave_relay(self):
+        self._cut_off_followers()
+        for follower in list(self._followers):
+            self._dismiss(follower)
+
+    def _cut_off(self):
+        if not self._followers:
+            super()._cut_off()
+        self._cut_off_followers()
+
+    def _cut_off_followers(self):
+        """Take in what followers have sent; what they send next fails."""
+        if self._relay is not None:
+            self._close_listener(self._relay)
+            self._relay = None
+        for follower in self._followers:
+            self._unwatch(follower.sock)
+            try:
+                follower.sock.shutdown(socket.SHUT_RD)
+                while (chunks := follower.read()) is not None:
+                    self._handed += chunks
+            except (OSError, ValueError):
+                pass    # it is gone
+
+    def _close_all(self):
+        if self._uplink is not None:
+            del self._subscribers[self._uplink]
+            if self._uplink.sock is not None:
+                self._uplink.sock.close()
+        if self._followers:
+            # They go on with the listener; who has connected waits in it.
+            self._bound.sock.close()
+            self._bound = None
+        self._leave_relay()
+        super()._close_all()
+
+
+def _before_uwsgi_forks():
+    """Whether this is uWSGI's master, or will be.
+
+    uWSGI forks in C, without hooks; a thread that is busy at that instant
+    hangs the worker for good. Mules have worker_id 0, too.
+    """
+    uwsgi = sys.modules.get('uwsgi')
+    return (uwsgi is not None and uwsgi.worker_id() == 0
+            and uwsgi.mule_id() == 0
+            and uwsgi.masterpid() in (0, os.getpid()))
+
+
+UnixDriver.hub_class = _RelayHub

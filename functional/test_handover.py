@@ -1,0 +1,456 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""The path outlives the process that serves it.
+
+Guards against a change of the leader, or a path that was tampered with, that
+costs more than the end of a connection: nobody would serve the path for
+long, a subscriber would hang or miss what is emitted after it connected, a
+notification would come twice, be lost though it was handed over in time, or
+two processes would each believe to be the leader.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+import socket
+import threading
+import time
+
+import base
+
+# Seconds within which there is a leader again.
+SOON = 1
+
+
+class Reader:
+
+    """A subscriber that reconnects at once, and notes what it got.
+
+    Each connection is an account of its own.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        self.accounts = []
+        self.connects = []      # when
+        self.stopping = threading.Event()
+        self.sock = None
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self):
+        while not self.stopping.is_set():
+            with socket.socket(socket.AF_UNIX) as self.sock:
+                try:
+                    self.sock.connect(self.path)
+                except OSError:
+                    self.stopping.wait(0.001)
+                    continue
+                account = base.Account()
+                self.accounts.append(account)
+                self.connects.append(time.monotonic())
+                with contextlib.suppress(OSError):
+                    while data := self.sock.recv(base.MIB):
+                        account.feed(data)
+
+    def close(self):
+        self.stopping.set()
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+        self.thread.join(base.PATIENCE)
+
+
+class Hoarder(base.SocketSubscriber):
+
+    """Reads now and checks later.
+
+    To be no slower than several processes write, all of them busy.
+    """
+
+    def __init__(self, path):
+        self.hoard = []
+        self.lines = 0
+        super().__init__(path)
+
+    def feed(self, data):
+        self.hoard.append(data)
+        self.lines += data.count(b'\n')
+
+    def check(self):
+        while self.hoard:
+            super().feed(self.hoard.pop(0))
+
+
+class HandoverTest(base.RelayTestCase):
+
+    def _reader(self):
+        reader = Reader(self.path)
+        self.addCleanup(self._check_reader, reader)
+        self.addCleanup(reader.close)
+        return reader
+
+    def _check_reader(self, reader):
+        for account in reader.accounts:
+            self.assertEqual([], account.problems)
+        ids = [message['message_id'] for account in reader.accounts
+               for message in account.messages]
+        self.assertEqual(len(ids), len(set(ids)), 'some came twice')
+
+    def _emit_all(self, workers, account):
+        """Have all emit one; each has to arrive."""
+        expected = {}
+        for worker in workers:
+            expected['%d/0' % worker.pid] = worker.ask('emit', count=1)
+        self._wait_sources(account, set(expected))
+
+    def _wait_sources(self, account, sources):
+        """Wait for a notification of each source; nothing else is lost."""
+        def missing():
+            return sources - {
+                message['payload'].get('source')
+                for message in list(account.messages)}
+
+        base.wait_until(lambda: not missing(),
+                        lambda: 'notifications of %s' % missing())
+
+    # Killed.
+
+    def test_leader_killed_over_and_over_under_load(self):
+        workers = self.start_workers(4)
+        reader = self._reader()
+        for worker in workers:
+            worker.ask('start', pause=0.001)
+        descriptors = {}
+        for number in range(40):
+            leader = self.wait_leader(workers)
+            # The reader is there; so it gets what each emits from now on.
+            base.wait_until(lambda: len(reader.accounts) > number,
+                            'the reader has reconnected')
+            account = reader.accounts[-1]
+            self._emit_all(workers, account)
+            for worker in workers:
+                descriptors[worker.pid] = base.descriptors(worker.pid)
+            workers.remove(leader)
+            killed = time.monotonic()
+            self.kill_worker(leader)
+            base.wait_until(
+                lambda: len(reader.accounts) > number + 1
+                and reader.accounts[-1].received,
+                lambda: 'served again: %s' % reader.connects[-2:])
+            self.assertLess(time.monotonic() - killed, SOON)
+            workers.append(self.worker())
+            workers[-1].ask('start', pause=0.001)
+        # One for each follower, and a few more.
+        self.assertLess(max(descriptors.values()), 40)
+
+    def test_waiting_subscribers_are_not_stranded(self):
+        workers = self.start_workers(3)
+        for _ in range(30):
+            leader = self.wait_leader(workers)
+            followers = [each for each in workers if each is not leader]
+            # Each has to have met the leader, or there is no handing over.
+            with contextlib.closing(self.subscribe()) as subscriber:
+                self._emit_all(followers, subscriber)
+            self.stop_worker(leader)
+            waiting = [self.subscribe() for _ in range(5)]
+            self.kill_worker(leader)
+            for follower in followers:
+                follower.ask('emit', count=10)
+            for subscriber in waiting:
+                self.assert_complete(subscriber, 20)
+                subscriber.close()
+            workers = followers + [self.worker()]
+
+    def test_mode_changed_by_hand_before(self):
+        """It is the same socket, whatever its mode."""
+        workers = self.start_workers(4)
+        for mode in (0o666, 0o600, 0o640):
+            with contextlib.closing(self.subscribe()) as subscriber:
+                self._emit_all(workers, subscriber)
+            os.chmod(self.path, mode)
+            leader = self.wait_leader(workers)
+            workers.remove(leader)
+            self.stop_worker(leader)
+            waiting = self.subscribe()
+            self.kill_worker(leader)
+            for worker in workers:
+                worker.ask('emit', count=10)
+            self.assert_complete(waiting, 30)
+            waiting.close()
+            workers.append(self.worker())
+
+    def test_follower_out_of_descriptors(self):
+        """It cannot follow the next leader; what it loses is told."""
+        workers = self.start_workers(3)
+        with contextlib.closing(self.subscribe()) as subscriber:
+            self._emit_all(workers, subscriber)
+        leader = self.wait_leader(workers)
+        workers.remove(leader)
+        poor, other = workers
+        poor.ask('limit_descriptors', number=base.descriptors(poor.pid) + 2)
+        poor.ask('exhaust')
+        self.stop_worker(poor)      # or it might lead
+        self.kill_worker(leader)
+        subscriber = self.subscribe()
+        self._emit_all([other], subscriber)
+        poor.kill(signal.SIGCONT)
+        for _ in range(10):
+            poor.ask('exhaust')     # what the end of its uplink gave back
+            poor.ask('emit', count=10)
+        self.parent.wait_log('Too many open files')
+        poor.ask('emit', count=100)
+        poor.ask('release')
+        self.assert_accounted(subscriber, 201)
+
+    def test_waiting_subscribers_do_not_hang_if_the_path_was_taken(self):
+        workers = self.start_workers(3)
+        with contextlib.closing(self.subscribe()) as subscriber:
+            self._emit_all(workers, subscriber)
+        leader = self.wait_leader(workers)
+        self.stop_worker(leader)
+        waiting = [self.subscribe() for _ in range(5)]
+        os.unlink(self.path)
+        self.kill_worker(leader)
+        workers.remove(leader)
+        for subscriber in waiting:
+            subscriber.wait_end()
+        subscriber = self.subscribe()
+        self._emit_all(workers, subscriber)
+
+    def test_follower_stopped_and_leader_killed(self):
+        workers = self.start_workers(4)
+        for _ in range(15):
+            with contextlib.closing(self.subscribe()) as subscriber:
+                self._emit_all(workers, subscriber)
+            leader = self.wait_leader(workers)
+            stopped, *others = [each for each in workers
+                                if each is not leader]
+            cut = self.subscribe()
+            self._emit_all(workers, cut)
+            self.stop_worker(stopped)
+            begin = time.monotonic()
+            self.kill_worker(leader)
+            cut.wait_end()
+            subscriber = self.subscribe()
+            self._emit_all(others, subscriber)
+            self.assertLess(time.monotonic() - begin, SOON)
+            stopped.kill(signal.SIGCONT)
+            self._emit_all([stopped], subscriber)
+            self.assertEqual(0, subscriber.lost)
+            cut.close()
+            subscriber.close()
+            workers = [stopped, *others, self.worker()]
+
+    def test_all_but_one_killed_at_once(self):
+        workers = self.start_workers(5)
+        for _ in range(10):
+            with contextlib.closing(self.subscribe()) as subscriber:
+                self._emit_all(workers, subscriber)
+            leader = self.wait_leader(workers)
+            last = next(each for each in workers if each is not leader)
+            workers.remove(last)
+            for worker in workers:
+                worker.kill()
+            # A killed leader takes along what it was sent before it ended.
+            for worker in workers:
+                self.parent.ask('reap', pid=worker.pid)
+            with contextlib.closing(self.subscribe()) as subscriber:
+                self._emit_all([last], subscriber)
+            self.assertIs(last, self.wait_leader([last]))
+            workers = [last] + [self.worker() for _ in range(4)]
+
+    # In good order.
+
+    def _hoarder(self):
+        hoarder = Hoarder(self.path)
+        self.addCleanup(hoarder.close)
+        hoarder.go()
+        return hoarder
+
+    def test_leader_leaves_while_followers_emit(self):
+        workers = self.start_workers(4, buffer_size=256 * base.MIB)
+        exact = []
+        for number in range(12):
+            leader = self.wait_leader(workers)
+            workers.remove(leader)
+            # Each has to have met the leader, or cannot hand anything on.
+            with contextlib.closing(self.subscribe()) as subscriber:
+                self._emit_all(workers, subscriber)
+            before = self._hoarder()
+            for worker in workers:
+                worker.ask('start', threads=2, pause=0.0002 * (number % 3))
+            base.wait_until(lambda: before.lines > 200, 'a stream')
+            with open(self.path + '.lock') as lock:
+                # Nobody may take over before the next subscriber waits.
+                leader.tell('leave', count=5)
+                exact.append(self._lock(lock, leader))
+                before.wait_end()
+                after = self._hoarder()
+            self.wait_leader(workers)
+            base.wait_until(lambda: after.lines > 200, 'a stream')
+            for worker in workers:
+                worker.ask('stop')
+            self.parent.ask('reap', pid=leader.pid)
+            before.check()
+            with contextlib.closing(self.subscribe()) as subscriber:
+                self._emit_all(workers, subscriber)
+            after.check()
+            after.close()
+            earlier, later = self._numbers(before), self._numbers(after)
+            self.assertEqual(([], 0), (before.problems, before.lost))
+            self.assertEqual(5, len(earlier.pop('%d/0' % leader.pid)))
+            if exact[-1]:
+                self.assertEqual(([], 0), (after.problems, after.lost))
+                for source, numbers in earlier.items():
+                    # Where the one ends the other goes on.
+                    self.assertEqual(numbers[-1] + 1, later[source][0],
+                                     source)
+            workers.append(self.worker())
+        self.assertIn(True, exact)
+
+    def _lock(self, lock, leader):
+        """Take the lock as soon as it is free; whether that succeeded.
+
+        If another was faster, what was emitted until the next subscriber
+        came is owed to nobody.
+        """
+        while self.leader_pid() == leader.pid:
+            for _ in range(100):
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return self.leader_pid() == leader.pid
+                time.sleep(0)
+        return False
+
+    def _numbers(self, account):
+        numbers = {}
+        for message in account.messages:
+            payload = message['payload']
+            numbers.setdefault(payload['source'], []).append(
+                payload['number'])
+        return numbers
+
+    def test_followers_leave_at_once(self):
+        leader, *followers = self.start_workers(6)
+        subscriber = self.subscribe()
+        self._emit_all(followers, subscriber)
+        for worker in followers:
+            worker.tell('leave', count=200)
+        self.assert_complete(subscriber, 5 * 201)
+
+    def test_all_leave_at_once(self):
+        """They lead one by one, each for a moment."""
+        workers = self.start_workers(6)
+        with contextlib.closing(self.subscribe()) as subscriber:
+            self._emit_all(workers, subscriber)
+        reader = self._reader()
+        base.wait_until(lambda: reader.accounts, 'the reader is there')
+        for worker in workers:
+            worker.tell('leave', count=50)
+        for worker in workers:
+            self.assertEqual(0, self.parent.ask('reap', pid=worker.pid))
+        took = [float(line.split()[-2])
+                for line in self.parent.log('exit handlers of')]
+        self.assertLess(max(took), 1.5)
+        # The first at least had somebody to send it to.
+        self.assertGreaterEqual(reader.accounts[0].received, 50)
+        late = self.worker()
+        with contextlib.closing(self.subscribe()) as subscriber:
+            self._emit_all([late], subscriber)
+
+    # Tampered with.
+
+    def _assert_one_leads(self, workers):
+        """Whoever connects hears all; one holds the lock."""
+        def settled():
+            with contextlib.closing(base.SocketSubscriber(
+                    self.path)) as subscriber:
+                subscriber.go()
+                for worker in workers:
+                    worker.ask('emit', count=1)
+                end = time.monotonic() + 0.3
+                while time.monotonic() < end:
+                    if len(self._numbers(subscriber)) == len(workers):
+                        return True
+                    time.sleep(0.01)
+
+        base.wait_until(settled, 'all are heard')
+        with (open(self.path + '.lock') as lock,
+              self.assertRaises(BlockingIOError)):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self.wait_leader(workers)
+        # Once settled, it stays so.
+        with contextlib.closing(self.subscribe()) as subscriber:
+            for _ in range(3):
+                self._emit_all(workers, subscriber)
+
+    def test_lock_removed_and_then_a_second_start(self):
+        first, = self.start_workers(1)
+        workers = [first]
+        for _ in range(5):
+            os.unlink(self.path + '.lock')
+            workers.append(self.worker())
+            self._assert_one_leads(workers)
+
+    def test_directory_removed_and_then_a_second_start(self):
+        workers = self.start_workers(2)
+        for _ in range(3):
+            shutil.rmtree(os.path.dirname(self.path))
+            os.mkdir(os.path.dirname(self.path))
+            workers.append(self.worker())
+            self._assert_one_leads(workers)
+
+    def test_directory_removed_for_a_while(self):
+        workers = self.start_workers(3)
+        shutil.rmtree(os.path.dirname(self.path))
+        for worker in workers:
+            worker.ask('start', pause=0.01)
+        self.parent.wait_log('No such file')
+        os.mkdir(os.path.dirname(self.path))
+        base.wait_until(lambda: os.path.exists(self.path), 'path is served')
+        for worker in workers:
+            worker.ask('stop')
+        self._assert_one_leads(workers)
+
+    def test_socket_removed_while_followers_emit(self):
+        leader, *followers = self.start_workers(3)
+        with contextlib.closing(self.subscribe()) as early:
+            self._emit_all([leader] + followers, early)
+            followers[0].ask('start', pause=0.01)
+            for somebody in (True, False):
+                os.unlink(self.path)
+                subscriber = self.subscribe()   # which waits for it
+                self._emit_all(followers, subscriber)
+                subscriber.close()
+                if somebody:
+                    # Who is connected stays so.
+                    self._emit_all([leader] + followers, early)
+                    self.assertFalse(early.ended.is_set())
+                    early.close()
+        followers[0].ask('stop')
+
+    def test_relay_removed_while_followers_emit(self):
+        leader, follower = self.start_workers(2)
+        with contextlib.closing(self.subscribe()) as subscriber:
+            self._emit_all([leader, follower], subscriber)
+        follower.ask('start', pause=0.01)
+        os.unlink(self.path + '.relay')
+        newcomer = self.worker()
+        newcomer.ask('start', pause=0.01)
+        base.wait_until(lambda: os.path.exists(self.path + '.relay'),
+                        'the relay is served')
+        follower.ask('stop')
+        newcomer.ask('stop')
+        self._assert_one_leads([leader, follower, newcomer])

@@ -1,0 +1,354 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""Applications in real servers publish from every worker.
+
+Guards against what servers do to their workers: fork them in C, without
+hooks, from a process that has made the drivers; end them after some requests,
+amid others, with or without the exit handlers of Python; load the
+application twice in one process. A worker would hang, would publish nothing,
+or would take what it had queued with it.
+"""
+
+import contextlib
+import glob
+import http.client
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+from testtools import content
+
+import base
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+_CONFIG = """\
+[DEFAULT]
+transport_url = fake://
+
+[oslo_messaging_notifications]
+driver = unix
+sock_path = %s
+"""
+_APACHE = """\
+ServerRoot {directory}
+ServerName localhost
+PidFile apache.pid
+ErrorLog server.log
+Listen 127.0.0.1:{port}
+{user}
+LoadModule mpm_event_module {modules}/mod_mpm_event.so
+LoadModule authz_core_module {modules}/mod_authz_core.so
+LoadModule wsgi_module {modules}/mod_wsgi.so
+StartServers 1
+WSGISocketPrefix {directory}/wsgi
+WSGIDaemonProcess app threads=4 maximum-requests=60 \
+python-path={python_path}
+WSGIProcessGroup app
+WSGIScriptAlias /global {script} application-group=%{{GLOBAL}}
+WSGIScriptAlias /sub {script} application-group=sub
+<Directory {directory}>
+Require all granted
+</Directory>
+"""
+
+
+class _Connection(http.client.HTTPConnection):
+
+    """HTTP over whatever socket there is."""
+
+    def __init__(self, address):
+        super().__init__('localhost', timeout=base.PATIENCE)
+        self._address = address
+
+    def connect(self):
+        family = (socket.AF_UNIX if isinstance(self._address, str)
+                  else socket.AF_INET)
+        self.sock = socket.socket(family)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._address)
+
+
+class _Impatient(base.SocketSubscriber):
+
+    """Does not wait until the path is served."""
+
+    def _connect(self, path):
+        self.sock.connect(path)
+
+
+class ServerTestCase(base.FunctionalTestCase):
+
+    def setUp(self):
+        super().setUp()
+        # Where the server listens.
+        self.address = os.path.join(self.directory, 'http')
+        self.config = os.path.join(self.directory, 'app.conf')
+        with open(self.config, 'w') as config:
+            config.write(_CONFIG % self.path)
+        self.log = os.path.join(self.directory, 'server.log')
+        self.sources = set()
+
+    def need(self, module):
+        """Skip the test unless the module can be had."""
+        if importlib.util.find_spec(module) is None:
+            self.skipTest('%s is not installed' % module)
+
+    def serve(self, *arguments):
+        """Start a server, and wait until it answers."""
+        with open(self.log, 'wb') as log:
+            process = subprocess.Popen(
+                arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                cwd=HERE, start_new_session=True,
+                env=dict(os.environ, WSGI_APP_CONFIG=self.config))
+        self.addCleanup(self._end, process)
+        base.wait_until(lambda: self._answers(process), 'server is up')
+        return process
+
+    def _end(self, process):
+        base._kill_session(process)
+        with open(self.log, errors='replace') as log:
+            text = log.read()
+        self.addDetail('log of the server', content.text_content(text))
+        self.assertNotIn('Traceback', text)
+
+    def _answers(self, process):
+        self.assertIsNone(process.poll(), 'server has ended')
+        with socket.socket(socket.AF_UNIX if isinstance(self.address, str)
+                           else socket.AF_INET) as sock:
+            return not sock.connect_ex(self.address)
+
+    def request(self, path='/'):
+        """Have the application emit; what it says about that."""
+        with contextlib.closing(_Connection(self.address)) as connection:
+            connection.request('GET', path)
+            response = connection.getresponse()
+            body = response.read()
+            self.assertEqual(200, response.status, body)
+            emitted = json.loads(body)
+            if isinstance(emitted, list):
+                self.sources.add(emitted[0])
+                return tuple(emitted)
+
+    def load(self, count, paths=('/',), threads=4):
+        """Make requests in some threads; what they emitted."""
+        emitted = []
+        problems = []
+
+        def run():
+            try:
+                for number in range(count):
+                    path = paths[number % len(paths)]
+                    emitted.append(self.request(path))
+            except Exception as error:
+                problems.append(error)
+
+        running = [threading.Thread(target=run) for _ in range(threads)]
+        for thread in running:
+            thread.start()
+        for thread in running:
+            thread.join()
+        self.assertEqual([], problems)
+        return emitted
+
+    def pids(self):
+        """The processes that have answered."""
+        return {source.split('/')[0] for source in self.sources}
+
+    def assert_received(self, subscriber, emitted):
+        """Fail unless just that was received, and nothing twice."""
+        self.assert_complete(subscriber, len(emitted))
+        self.assertEqual(set(emitted), {
+            (message['payload']['source'], message['payload']['number'])
+            for message in subscriber.messages})
+
+    def check_followers(self, *arguments, paths=('/',), count=50, pids=5):
+        """Fail if any notification is lost as workers come and go.
+
+        Another service leads, so that the subscriber stays connected.
+
+        :param pids: the number of processes that must at least have answered
+        """
+        leader = self.publisher()
+        subscriber = self.subscribe()
+        server = self.serve(*arguments)
+        self.assert_received(subscriber, self.load(count, paths))
+        self.assertGreaterEqual(len(self.pids()), pids)
+        self.assertEqual([], leader.troubles())
+        return server, subscriber
+
+    def check_leaders(self, *arguments, count=150, ends=2):
+        """Fail if more is lost than what ends with a leading worker.
+
+        :param ends: how often at least the leader must have changed
+        """
+        self.serve(*arguments)
+        subscriber = self._follow()
+        ended = missed = 0
+        for _ in range(count):
+            emitted = self.request()
+            base.wait_until(lambda: subscriber.ended.is_set()
+                            or self._has(subscriber, emitted),
+                            lambda: '%r at %s' % (emitted, subscriber))
+            if subscriber.ended.is_set():
+                subscriber.join()
+                ended += 1
+                missed += not self._has(subscriber, emitted)
+                subscriber = self._follow()
+            self.assertEqual(0, subscriber.lost)
+        self.assertGreaterEqual(ended, ends)
+        # The one that was emitted as the leader ended.
+        self.assertLessEqual(missed, ended)
+
+    def _follow(self):
+        """Connect; a worker may serve only once it has emitted."""
+        def connected():
+            self.request()
+            with contextlib.suppress(OSError):
+                return _Impatient(self.path)
+
+        subscriber = base.wait_until(connected, 'connected')
+        self.addCleanup(self._check, subscriber)
+        self.addCleanup(subscriber.close)
+        subscriber.go()
+        return subscriber
+
+    def _has(self, subscriber, emitted):
+        return any((message['payload']['source'],
+                    message['payload']['number']) == emitted
+                   for message in subscriber.messages[-5:])
+
+
+class UwsgiTest(ServerTestCase):
+
+    def setUp(self):
+        self.need('pyuwsgi')
+        super().setUp()
+
+    def uwsgi(self, *arguments, processes=4):
+        return (sys.executable, '-c', 'import pyuwsgi; pyuwsgi.run()',
+                '--http-socket', self.address, '--module', 'wsgi_app',
+                '--master', '--need-app', '--disable-logging',
+                '--processes', '%d' % processes, '--max-requests', '20',
+                '--min-worker-lifetime', '0', *arguments)
+
+    def test_application_made_in_the_master(self):
+        self.check_followers(*self.uwsgi())
+
+    def test_application_made_in_the_master_with_threads_and_a_mule(self):
+        leader = self.publisher()
+        subscriber = self.subscribe()
+        self.serve(*self.uwsgi('--threads', '2', '--mule=wsgi_app:be_mule'))
+        emitted = self.load(40, ('/', '/mule'))
+        self.assert_complete(subscriber, len(emitted))
+        received = {(message['payload']['source'],
+                     message['payload']['number'])
+                    for message in subscriber.messages}
+        self.assertLessEqual(set(filter(None, emitted)), received)
+        mules = {source.split('/')[0] for source, _ in received}
+        self.assertEqual(1, len(mules - self.pids()))
+        self.assertEqual([], leader.troubles())
+
+    def test_application_made_in_each_worker(self):
+        self.check_followers(
+            *self.uwsgi('--lazy-apps', '--enable-threads', processes=2),
+            count=20, pids=3)
+
+    def test_workers_lead(self):
+        self.check_leaders(*self.uwsgi(processes=2))
+
+
+class GunicornTest(ServerTestCase):
+
+    def setUp(self):
+        self.need('gunicorn')
+        super().setUp()
+
+    def gunicorn(self, *arguments, workers=4):
+        return (sys.executable, '-m', 'gunicorn',
+                '--bind', 'unix:' + self.address,
+                '--workers', '%d' % workers, '--max-requests', '20',
+                *arguments, 'wsgi_app:application')
+
+    def test_application_made_in_the_master(self):
+        self.check_followers(*self.gunicorn('--preload'))
+
+    def test_application_made_in_each_worker_with_threads(self):
+        self.check_followers(
+            *self.gunicorn('--worker-class', 'gthread', '--threads', '4',
+                           workers=2), count=20, pids=3)
+
+    def test_workers_lead(self):
+        self.check_leaders(*self.gunicorn(workers=2), count=100)
+
+
+class ModWsgiTest(ServerTestCase):
+
+    def setUp(self):
+        version = '%d.%d' % sys.version_info[:2]
+        apache = shutil.which('apache2') or '/usr/sbin/apache2'
+        modules = glob.glob('/usr/lib/apache2/modules/mod_wsgi.so-' + version)
+        if not os.path.exists(apache):
+            self.skipTest('apache2 is not installed')
+        if not modules:
+            self.skipTest('mod_wsgi for Python %s is not installed' % version)
+        super().setUp()
+        self.apache = apache
+        self.uid = None
+        if os.geteuid() == 0:
+            # Apache does not serve as root.
+            self.uid = base.NOBODY
+            os.chown(os.path.dirname(self.path), self.uid, self.uid)
+
+    def test_two_interpreters_in_each_daemon(self):
+        with socket.socket() as sock:
+            sock.bind(('127.0.0.1', 0))
+            self.address = sock.getsockname()
+        python_path = [path for path in sys.path if os.path.isdir(path)
+                       and path.endswith('-packages')] + [HERE]
+        self._check_readable(python_path)
+        script = os.path.join(self.directory, 'app.wsgi')
+        with open(script, 'w') as file:
+            file.write('import os\n'
+                       'os.environ["WSGI_APP_CONFIG"] = %r\n'
+                       'from wsgi_app import application\n' % self.config)
+        config = os.path.join(self.directory, 'apache.conf')
+        with open(config, 'w') as file:
+            file.write(_APACHE.format(
+                directory=self.directory, port=self.address[1],
+                modules='/usr/lib/apache2/modules', script=script,
+                python_path=':'.join(python_path),
+                user='User #%d\nGroup #%d' % (self.uid, self.uid)
+                if self.uid else ''))
+        leader = self.publisher(uid=self.uid)
+        subscriber = self.subscribe()
+        process = self.serve(self.apache, '-DFOREGROUND', '-f', config)
+        emitted = self.load(30, ('/global', '/sub'))
+        self.assert_received(subscriber, emitted)
+        self.assertGreaterEqual(len(self.pids()), 2)
+        self.assertEqual(len(self.pids()) * 2, len({
+            source.rpartition('/')[0] for source in self.sources}))
+        self.assertEqual([], leader.troubles())
+        process.send_signal(signal.SIGTERM)
+        process.wait(base.PATIENCE)
+
+    def _check_readable(self, paths):
+        if self.uid and subprocess.run(
+                ['ls', *paths], user=self.uid, stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL).returncode:
+            self.skipTest('other users may not read where Python is')

@@ -107,6 +107,9 @@ _LINE_MAX = 64 * 1024 * 1024
 # a line occupies one entry for each KiB that it begins.
 _QUEUE_UNIT = 1024
 
+# Entries that are taken from the queue at a time.
+_BATCH = 256
+
 # Seconds. A publisher that has filled half the queue gives way so long at
 # each call, and the loop, which needs the GIL, catches up.
 _GIVE_WAY = 50e-6
@@ -1416,20 +1419,29 @@ class _Hub:
     # Lines.
 
     def _take(self, due, handed):
-        """Move what is due to the backlog, in its order."""
-        batch = [self._queue.popleft() for _ in range(due)]
-        gap = self._gap
-        if gap is not None:
-            place = next((place for place, each in enumerate(batch)
-                          if each is gap), due)
-            self._append(batch[:place])
-            if place < due:
-                self._append_gap()
-            batch = batch[place:]
-        self._append(batch)
+        """Move what is due to the backlog, in its order.
+
+        In batches, or queue, batch and chunks would be three copies of a
+        queue that is full.
+        """
+        self._room -= due   # in the backlog it takes as much; see _flush()
+        for size in range(due, 0, -_BATCH):
+            self._take_batch(min(size, _BATCH))
         if self._subscribers:
             for chunk in handed:
                 self._backlog.append(*chunk)
+
+    def _take_batch(self, size):
+        batch = [self._queue.popleft() for _ in range(size)]
+        gap = self._gap
+        if gap is not None:
+            place = next((place for place, each in enumerate(batch)
+                          if each is gap), size)
+            self._append(batch[:place])
+            if place < size:
+                self._append_gap()
+            batch = batch[place:]
+        self._append(batch)
 
     def _append(self, batch):
         if self._subscribers:

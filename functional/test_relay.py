@@ -208,8 +208,7 @@ class RelayTest(base.RelayTestCase):
         self.subscribe().close()
         follower.ask('emit', count=1)
         leader.ask('emit', count=1)
-        leader.ask('emitted')
-        self._wait_idle([leader])
+        self._wait_idle([leader, follower])
         before = base.switches(leader.pid)
         for _ in range(20):
             follower.ask('emit', count=200)

@@ -194,6 +194,7 @@ class RootTest(PeersTestCase):
             service.wait_exit()
             root.ask('emit', count=3)
             service = self.publisher(uid=base.NOBODY)
+            service.wait_log('served')
             subscriber = self.subscribe()
             self.assert_heard([root, service], subscriber)
             self._assert_owner()

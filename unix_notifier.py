@@ -110,8 +110,8 @@ _QUEUE_UNIT = 1024
 # Entries that are taken from the queue at a time.
 _BATCH = 256
 
-# Seconds. A publisher that has filled half the queue gives way so long at
-# each call, and the loop, which needs the GIL, catches up.
+# Seconds. A publisher that is far ahead of the loop gives way so long at each
+# call, and the loop, which needs the GIL, catches up.
 _GIVE_WAY = 50e-6
 
 # What accept() says when the process or the machine has run out.
@@ -172,7 +172,7 @@ def _primitive(value):
             return jsonutils.to_primitive(value)
         if isinstance(value, (abc.Set, abc.Sequence, abc.ValuesView)):
             return list(value)
-    except Exception:
+    except Exception:  # nosec B110
         pass
     return _repr(value)
 
@@ -901,7 +901,8 @@ class _Backoff:
     def fail(self):
         self.delay = min(
             max(self.delay * self.FACTOR, self.FIRST), self.MAX)
-        self.at = time.monotonic() + self.delay * random.uniform(0.5, 1)
+        jitter = random.uniform(0.5, 1)  # nosec B311
+        self.at = time.monotonic() + self.delay * jitter
 
 
 class _Hub:
@@ -923,6 +924,7 @@ class _Hub:
         # Any thread.
         self._queue = collections.deque()   # lines, pads (None), gaps
         self._room = self.settings.buffer_size // _QUEUE_UNIT
+        self._ahead = self._room // 2   # from here on they give way
         self._drops = itertools.count()     # next() is atomic, += is not
         self._gap = None        # the queue ends in this gap, or soon will
         self._asleep = True     # the loop must be woken, or started
@@ -973,7 +975,7 @@ class _Hub:
         # time. We append before we read the flag. One sees the other.
         if self._asleep:
             self._wake()
-        if queued > self._room // 2:
+        if queued > self._ahead:
             self._give_way()
 
     def _anyone(self, gate):
@@ -995,12 +997,14 @@ class _Hub:
         lift it before it reads the count: it cannot miss ours. If two
         threads open one at once, the gap that is on record counts for both.
         """
-        next(self._drops)
+        drops = next(self._drops)
         if self._gap is None:
             self._gap = gap = bytearray()   # false, like a pad; not shared
             self._queue.append(gap)
         if self._asleep:
             self._wake()
+        if drops % _BATCH == _BATCH - 1:
+            self._give_way()    # to drop takes 0.5 us, the loop waits for 5 ms
 
     def _give_way(self):
         """Let the loop have the GIL.
@@ -1120,6 +1124,8 @@ class _Hub:
             self._accept()
         self._take(due, handed)
         self._flush()
+        if handed:
+            self._ahead = _BATCH    # others need the loop as much as we do
         self._set_open(bool(self._subscribers))     # lowered here alone
         return bool(events or due or handed or self._unsent)
 
@@ -1477,6 +1483,10 @@ class _Hub:
         # leave too little room for those that do not.
         limit = self._backlog.limit
         self._room = max(limit - held, limit // 4) // _QUEUE_UNIT
+        # Half of the whole, be it in the queue or in the backlog; a quarter of
+        # what is left, where one that lags has most of it.
+        self._ahead = max(self._room - limit // 2 // _QUEUE_UNIT,
+                          self._room // 4)
 
     def _send(self, subscriber):
         try:
@@ -1871,9 +1881,9 @@ class _RelayHub(_Hub):
 
     def _set_open(self, is_open):
         if self._uplink is not None:
-            # A follower asks the kernel, as the leader may be stopped. But
-            # while there is no leader it cannot know, and keeps all.
-            is_open = self._keep
+            # A follower asks the kernel: itself, while the gate is shut, or
+            # once a turn. While there is no leader it keeps all.
+            is_open = self._keep or self._gate.look()
         elif is_open != self._present:
             # Before the gate, and so before accept(): see _Gate.
             self._present = is_open
@@ -1988,7 +1998,7 @@ class _RelayHub(_Hub):
             return
         if data:
             # Without its descriptors, if we are out of them.
-            self._log_stranger('%s: %r is not the hello %r with two '
+            self._log_stranger('%s: %r is not the protocol %r, with two '
                                'descriptors' % (
                                    self._uplink.who, data[:80], _HELLO))
         self._orphaned()

@@ -612,6 +612,15 @@ class RelayTestCase(FunctionalTestCase):
         return wait_until(leader, 'one of %s leads' % [
             each.pid for each in workers])[0]
 
+    def wait_idle(self, workers):
+        """Wait until they sleep, and stay asleep for a moment."""
+        def idle():
+            before = [switches(worker.pid) for worker in workers]
+            time.sleep(0.02)
+            return before == [switches(worker.pid) for worker in workers]
+
+        wait_until(idle, 'workers are idle')
+
     def stop_worker(self, worker):
         """Stop a worker, until it is sent SIGCONT."""
         worker.kill(signal.SIGSTOP)

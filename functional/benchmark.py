@@ -65,6 +65,8 @@ BURST = 2000            # calls
 LAG = 200000            # calls while a subscriber does not read
 RATE = 5000             # of them a second, with a healthy one beside it
 IDLE = 10               # seconds
+PACE = 500              # calls a second, whose way is timed
+WORKERS = 8             # processes that share a path
 PATIENCE = 5            # seconds without progress, after which it is lost
 MIB = 1024 * 1024
 BUFFER = 8 * MIB
@@ -147,8 +149,12 @@ class Unix(Log):
             time.sleep(0.01)
 
 
+class Follower(Unix):
+    """The same, in a process that does not serve the path itself."""
+
+
 SYSTEMS = {'json': Json(), 'log': Log(), 'log unmasked': LogUnmasked(),
-           'unix': Unix()}
+           'unix': Unix(), 'follower': Follower()}
 
 
 # -- processes --------------------------------------------------------------
@@ -164,12 +170,19 @@ class Remote:
 
     def __getattr__(self, name):
         def call(*arguments):
-            self._pipe.send((name, arguments))
-            return self._pipe.recv()
+            self.begin(name, *arguments)
+            return self.end()
         return call
 
+    def begin(self, name, *arguments):
+        self._pipe.send((name, arguments))
+
+    def end(self):
+        """The result of what was begun."""
+        return self._pipe.recv()
+
     def close(self):
-        self._pipe.close()
+        self._pipe.close()      # twice does no harm
         self.process.join()
 
 
@@ -212,6 +225,14 @@ class Publisher:
                 time.sleep(delay)
             call(*each)
 
+    def stamped(self, label, count):
+        """Call PACE times a second, and say when in the message."""
+        call, arguments = self._calls[label]
+        for ctxt, message, priority, retry in cycle(arguments, count):
+            time.sleep(1 / PACE)
+            call(ctxt, dict(message, timestamp=repr(time.monotonic())),
+                 priority, retry)
+
     def memory(self):
         """Bytes of memory; the peak counts from here on."""
         with open('/proc/self/clear_refs', 'w') as control:
@@ -231,6 +252,7 @@ class Subscribers:
         self._socks = [SYSTEMS[system].subscriber(path)
                        for _ in range(count)]
         self._received = [0] * count
+        self._first = self._last = None
         if reads:
             threading.Thread(target=self._read, daemon=True).start()
 
@@ -242,6 +264,8 @@ class Subscribers:
             for key, _mask in selector.select():
                 size = key.fileobj.recv_into(buffer)
                 self._received[key.data] += size
+                self._last = time.monotonic()
+                self._first = self._first or self._last
                 if not size:
                     selector.unregister(key.fileobj)
 
@@ -255,6 +279,19 @@ class Subscribers:
                 break
             time.sleep(0.002)
         return total - min(self._received)
+
+    def rate(self):
+        """Bytes a second that came, from the first to the last."""
+        return self._received[0] / (self._last - self._first)
+
+    def delays(self, count):
+        """Seconds since they were called, of lines that come stamped."""
+        delays = []
+        for line in self._socks[0].makefile('rb'):
+            now = time.monotonic()
+            delays.append(now - float(json.loads(line)['timestamp']))
+            if len(delays) == count:
+                return delays
 
 
 class Bench(contextlib.ExitStack):
@@ -280,6 +317,12 @@ class Bench(contextlib.ExitStack):
         publisher.burst(system, 100)
         return publisher
 
+    def lead(self, system, path):
+        """For a follower, have another process serve the path."""
+        if system == 'follower':
+            self.publish('unix', path)
+            SYSTEMS['unix'].subscriber(path).close()
+
     def subscribe(self, system, path, count=1, reads=True):
         subscribers = self.remote(Subscribers)
         subscribers.open(system, path, count, reads)
@@ -297,6 +340,7 @@ class Bench(contextlib.ExitStack):
         publisher, subscribers = self.remote(Publisher), {}
         for label, (system, count) in cases.items():
             path = self.path()
+            self.lead(system, path)
             publisher.open(label, system, path)
             if count:
                 subscribers[label] = self.subscribe(system, path, count)
@@ -405,8 +449,60 @@ def switches(pid):
     return count
 
 
+def follower(bench):
+    """A call in a process that does not serve the path itself."""
+    for count, limit in ((0, 1.5), (1, 1.3)):
+        labels = 'leader, %d' % count, 'follower, %d' % count
+        costs = bench.compare(dict(zip(labels, (('unix', count),
+                                                ('follower', count)))))
+        yield from rows(costs, {labels[::-1]: limit})
+
+
+def latency(bench):
+    """From call to subscriber, paced; medians of the rounds."""
+    pairs, costs = {}, collections.defaultdict(list)
+    for system in ('unix', 'follower'):
+        path = bench.path()
+        bench.lead(system, path)
+        pairs[system] = (bench.publish(system, path),
+                         bench.subscribe(system, path, reads=False))
+    for number in range(6):
+        progress('round %d of 5' % number)
+        for system, (publisher, subscriber) in pairs.items():
+            subscriber.begin('delays', PACE)
+            publisher.stamped(system, PACE)
+            costs[system].append(
+                statistics.median(subscriber.end()) * 1e6)
+    return rows({label: each[1:] for label, each in costs.items()},
+                {('follower', 'unix'): 2.5})
+
+
+def workers(bench):
+    """All processes flat out into one subscriber, against one alone."""
+    costs = collections.defaultdict(list)
+    for number in range(5):
+        progress('round %d of 5' % (number + 1))
+        for count in (1, WORKERS):
+            path = bench.path()
+            publishers = [bench.publish('unix', path) for _ in range(count)]
+            subscriber = bench.subscribe('unix', path)
+            for each in publishers:
+                each.begin('burst', 'unix', 10 * BURST // count)
+            for each in publishers:
+                each.end()
+            subscriber.lack(bench.size(10 * BURST // count) * count)
+            costs['%d' % count].append(subscriber.rate() / MIB)
+            for each in (*publishers, subscriber):
+                each.close()
+    yield from (Row('%s publishing' % label, values, 'MiB/s', None)
+                for label, values in costs.items())
+    yield Row('1 / %d' % WORKERS, [
+        one / all_ for one, all_ in zip(*costs.values())], '', 1)
+
+
 POINTS = {each.__name__: each
-          for each in (nobody, one, hundred, stopped, flat_out, idle)}
+          for each in (nobody, one, hundred, stopped, flat_out, idle,
+                       follower, latency, workers)}
 
 
 # -- output -----------------------------------------------------------------

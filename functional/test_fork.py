@@ -27,7 +27,7 @@ import base
 
 # In this order: multiprocessing wants to join its children in processes that
 # are no children of its own making.
-HOW = ('fork', 'bare', 'multiprocessing', 'thread', 'spawn')
+HOW = ('fork', 'multiprocessing', 'thread', 'spawn')
 # What leaves the exit handlers, or their like, the time to run.
 ENDS = ('return', 'exit')
 
@@ -46,6 +46,9 @@ class ForkTest(base.RelayTestCase):
         return parent, self.subscribe()
 
     def _fork(self, parent, how):
+        if how == 'bare':
+            # Python itself may hang in the child if another thread is busy.
+            self.wait_idle([parent])
         child = self.fork(parent, how)
         if how == 'spawn':
             child.ask('open')
@@ -86,7 +89,7 @@ class ForkTest(base.RelayTestCase):
         parent, subscriber = self._start(leads=False)
         parent.ask('emit', count=10)
         self.assert_complete(subscriber, 10)
-        self._check_children(parent, subscriber, ('fork', 'bare'))
+        self._check_children(parent, subscriber, ('fork',))
 
     def test_forked_before_anything_was_emitted(self):
         parent, subscriber = self._start(leads=True)

@@ -1893,6 +1893,14 @@ class _RelayHub(_Hub):
                 self._presence.clear()
         super()._set_open(is_open)
 
+    def _flush(self):
+        super()._flush()
+        uplink = self._uplink
+        if uplink is not None and (self._backlog.behind(uplink.chunk)
+                                   > self._backlog.limit // 2):
+            # It is the leader that is short of time, and of the CPU we take.
+            self._ahead = -1
+
     def _gap_line(self, lost, reason):
         if self._uplink is None:
             return super()._gap_line(lost, reason)

@@ -161,9 +161,9 @@ class Service:
         self.background.clear()
         return self.emitted()
 
-    def hurry(self):
+    def hurry(self, interval=1e-4):
         """Have busy threads give up the GIL soon, for there are many."""
-        sys.setswitchinterval(1e-4)
+        sys.setswitchinterval(interval)
 
     def emitted(self):
         """How many notifications this process has emitted, its own kind."""

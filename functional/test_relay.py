@@ -101,7 +101,9 @@ class RelayTest(base.RelayTestCase):
             leader.kill(signal.SIGCONT)
             self.assert_accounted(healthy, emitted)
         self.assertGreater(healthy.lost, 10000)
-        self.assertIn('relay stalled', healthy.reasons)
+        # On a busy machine it is too slow itself, and skips what says so.
+        self.assertTrue({'relay stalled', 'subscriber too slow'}.intersection(
+            healthy.reasons), healthy.reasons)
         self._emit_in_rounds(followers[0], healthy, 2)
         self.assert_accounted(healthy, emitted + 200)
 

@@ -387,8 +387,10 @@ def _read_settings(conf):
 # Held while a descriptor is opened and put where forked() finds it, and
 # during a fork. A child that did not know that it holds the lock would keep
 # everybody from leading after the parent's death; one that holds a listener,
-# or a connection, would keep others waiting. Nothing is logged under it.
+# or a connection, would keep others waiting. Held, too, while the loop logs:
+# the buffer of a stream that is being written to stays locked in the child.
 _no_fork = threading.RLock()
+_forking = threading.local()
 
 
 def _identity(info):
@@ -486,9 +488,10 @@ class _Lock:
 
     def close(self):
         """Only close: LOCK_UN in a forked child would free the parent's."""
-        if self.fd is not None:
-            os.close(self.fd)
-            self.fd = None
+        with _no_fork:  # a child would close what has the number by then
+            if self.fd is not None:
+                os.close(self.fd)
+                self.fd = None
 
 
 class _Bound:
@@ -1166,9 +1169,10 @@ class _Hub:
     def _set_open(self, is_open):
         self._gate.open = is_open
 
-    def _say(self, level, text, *args):
-        LOG.log(level, 'Notifications on %s: ' + text,
-                self.settings.path, *args)
+    def _say(self, level, text, *args, exc_info=None):
+        with _no_fork:
+            LOG.log(level, 'Notifications on %s: ' + text,
+                    self.settings.path, *args, exc_info=exc_info)
 
     # The path.
 
@@ -1205,9 +1209,8 @@ class _Hub:
                 getattr(error, 'filename', None))
         if kind not in self._troubles:
             self._troubles.add(kind)
-            LOG.warning('Notifications on %s: %s; trying again',
-                        self.settings.path, error,
-                        exc_info=not isinstance(error, OSError))
+            self._say(logging.WARNING, '%s; trying again', error,
+                      exc_info=not isinstance(error, OSError))
 
     def _claim(self):
         """Own the lock and the path, as they are now; or raise OSError."""
@@ -1614,9 +1617,18 @@ def _close_with_multiprocessing(hub):
         util.Finalize(None, hub.close, exitpriority=0)
 
 
-os.register_at_fork(before=lambda: _no_fork.acquire(),
-                    after_in_parent=lambda: _no_fork.release(),
-                    after_in_child=_after_fork_in_child)
+def _before_fork():
+    # Not for ever: a log handler that forks may be what the loop waits for.
+    _forking.held = _no_fork.acquire(timeout=1)
+
+
+def _after_fork_in_parent():
+    if _forking.held:
+        _no_fork.release()
+
+
+os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child,
+                    after_in_parent=_after_fork_in_parent)
 atexit.register(_at_exit)
 
 

@@ -1444,7 +1444,7 @@ class QueueTest(HubCase):
         self.assertEqual((2000, []), (account(fast.messages),
                                       lost(fast.messages)))
         # Queue and backlog share the memory; a quarter is kept for the queue.
-        self.assertEqual(16, hub._room)
+        self.assertEqual(8, hub._room)
         who = 'pid %d, uid %d' % (os.getpid(), os.geteuid())
         self.assertLogged(
             'WARNING MainThread Notifications on %s: subscriber lags by more '

@@ -1485,7 +1485,7 @@ class _Hub:
         # Queue and backlog share the memory; but one that lags must not
         # leave too little room for those that do not.
         limit = self._backlog.limit
-        self._room = max(limit - held, limit // 4) // _QUEUE_UNIT
+        self._room = max(limit - held, limit // 8) // _QUEUE_UNIT
         # Half of the whole, be it in the queue or in the backlog; a quarter of
         # what is left, where one that lags has most of it.
         self._ahead = max(self._room - limit // 2 // _QUEUE_UNIT,

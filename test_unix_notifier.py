@@ -11,7 +11,7 @@
 #    under the License.
 
 """
-Tests of the units of part STREAM, in their order in the module.
+Tests of the units, in their order in the module.
 
 They build the hard states on purpose and step the loop by hand, without its
 thread, wherever that is possible: see SteppedHub. Every wait is bounded and
@@ -28,6 +28,7 @@ import fcntl
 import functools
 import glob
 import grp
+import io
 import itertools
 import json
 import logging
@@ -46,6 +47,7 @@ import time
 import traceback
 import types
 import unittest
+from unittest import mock
 import uuid
 
 import fixtures
@@ -2294,3 +2296,583 @@ class ReleaseNoteTest(TestCase):
                 for entry in entries:
                     self.assertIsInstance(entry, str)
                     self.assertTrue(entry.strip())
+
+
+# ---------------------------------------------------------------------------
+# CONSUMERS: whoever reads the socket
+# ---------------------------------------------------------------------------
+
+class ConsumerTestCase(base.BaseTestCase):
+
+    """Gives each test a path, and a service there that it plays itself."""
+
+    DEFAULT_TIMEOUT = 60
+
+    def setUp(self):
+        super().setUp()
+        self.directory = self.useFixture(fixtures.TempDir()).path
+        self.path = os.path.join(self.directory, 's')
+        self.log = self.useFixture(fixtures.FakeLogger(level=logging.INFO))
+
+    def serve(self):
+        listener = listen(self.path)
+        self.addCleanup(listener.close)
+        listener.settimeout(WAIT)
+        return listener
+
+    def connection(self, listener):
+        sock = listener.accept()[0]
+        self.addCleanup(sock.close)
+        sock.settimeout(WAIT)
+        return sock
+
+    def subscribe(self, **kwargs):
+        stream = unix_notifier.subscribe(self.path, **kwargs)
+        self.addCleanup(stream.close)
+        return stream
+
+    def connected(self, **kwargs):
+        """A subscription, and the service's end of it."""
+        listener = self.serve()
+        stream = self.subscribe(**kwargs)
+        return stream, self.connection(listener)
+
+    def in_thread(self, function):
+        thread = threading.Thread(target=function, daemon=True)
+        thread.start()
+        self.addCleanup(thread.join, WAIT)
+        return thread
+
+    def logged(self, text):
+        return self.log.output.count(text)
+
+    def patch_constant(self, name, value):
+        self.useFixture(fixtures.MonkeyPatch('unix_notifier.' + name, value))
+
+
+class LineBufferTest(base.BaseTestCase):
+
+    def test_lines_come_out_whole(self):
+        buffer = unix_notifier._LineBuffer()
+        data = b''.join(line(number, number % 50) for number in range(100))
+        for size in (1, 7, 100, len(data)):
+            out = [buffer.feed(data[low:low + size])
+                   for low in range(0, len(data), size)]
+            self.assertEqual(data, b''.join(out))
+            self.assertTrue(all(each[-1:] in (b'', b'\n') for each in out))
+
+    def test_piece_of_a_line_is_not_touched_again_before_its_end(self):
+        buffer = unix_notifier._LineBuffer()
+        for _ in range(1000):
+            self.assertEqual(b'', buffer.feed(b'x'))
+        self.assertEqual(1000, len(list(filter(None, buffer._parts))))
+        self.assertEqual(b'x' * 1000 + b'\n', buffer.feed(b'\nyy'))
+        self.assertEqual([b'yy'], buffer._parts)
+
+    def test_line_over_the_limit_raises(self):
+        buffer = unix_notifier._LineBuffer()
+        buffer.feed(b'x' * 10)
+        buffer.check(10)
+        error = self.assertRaises(ValueError, buffer.check, 9)
+        self.assertIn('more than 9 bytes', str(error))
+
+
+class SubscribeTest(ConsumerTestCase):
+
+    def test_bad_path_is_named(self):
+        for path in ('s', '/x/', 'unix://host/s', '/' + 'x' * 101):
+            error = self.assertRaises(
+                ValueError, unix_notifier.subscribe, path)
+            self.assertIn(path, str(error))
+
+    def test_it_is_connected_when_it_returns(self):
+        stream, service = self.connected()
+        service.sendall(line(1))
+        self.assertEqual(numbered(1), next(stream))
+
+    def test_uri_names_the_path(self):
+        listener = self.serve()
+        with unix_notifier.subscribe('unix://' + self.path):
+            self.connection(listener)
+
+    def test_messages_come_in_order_however_they_are_cut(self):
+        stream, service = self.connected()
+        data = b''.join(line(number, 100) for number in range(50))
+
+        def send():
+            for low in range(0, len(data), 77):
+                service.sendall(data[low:low + 77])
+
+        self.in_thread(send)
+        self.assertEqual(50, account(itertools.islice(stream, 50)))
+        self.assertEqual(line(49, 100), stream.line + b'\n')
+
+    def test_carriage_return_is_white_space(self):
+        stream, service = self.connected()
+        service.sendall(b'{"a":\r1}\r\n')
+        self.assertEqual({'a': 1}, next(stream))
+
+    def test_end_of_stream_ends_it_if_asked_to(self):
+        stream, service = self.connected(reconnect=False)
+        service.sendall(line(0) + line(1) + line(2)[:-1])
+        service.close()
+        self.assertEqual(2, account(list(stream)))
+        self.assertEqual([], list(stream))
+
+    def test_reset_is_end_of_stream(self):
+        stream, service = self.connected(reconnect=False)
+        stream._sock.send(b'unread')
+        service.close()
+        self.assertEqual([], list(stream))
+
+    def test_nobody_there_raises_if_asked_to(self):
+        error = self.assertRaises(FileNotFoundError, unix_notifier.subscribe,
+                                  self.path, reconnect=False)
+        self.assertEqual(self.path, error.filename)
+
+    def test_it_waits_for_the_service(self):
+        before = open_files()
+        stream = self.subscribe()
+        wait_until(lambda: stream._retry.delay >= 0.01)
+
+        def serve():
+            service = self.connection(self.serve())
+            service.sendall(line(1))
+
+        self.in_thread(serve)
+        self.assertEqual(numbered(1), next(stream))
+        self.assertEqual(1, self.logged('waiting for it: No such file'))
+        self.assertEqual(1, self.logged('connected'))
+        self.assertLess(len(open_files() - before), 6)
+
+    def test_it_comes_back(self):
+        listener = self.serve()
+        stream = self.subscribe()
+
+        def serve():
+            for number in range(5):
+                service = self.connection(listener)
+                service.sendall(line(number) + line(99)[:20])
+                service.close()
+
+        self.in_thread(serve)
+        self.assertEqual(5, account(itertools.islice(stream, 5)))
+
+    def test_who_is_refused_asks_ever_less_often_and_quietly(self):
+        listener = self.serve()
+        stream = self.subscribe()
+        delays = []
+        for _ in range(5):
+            service = self.connection(listener)
+            service.sendall(unix_notifier._record(
+                'notifications.refused', reason='full'))
+            service.close()
+            self.assertEqual('notifications.refused',
+                             next(stream)['event_type'])
+            listener.setblocking(False)
+            self.assertRaises(BlockingIOError, listener.accept)
+            listener.settimeout(WAIT)
+            # Until it has found the end, and has connected again.
+            wait_until(lambda: stream.take(time.monotonic() + 0.01) or (
+                select.select([listener], [], [], 0)[0]))
+            delays.append(stream._retry.delay)
+        self.assertEqual([0.01, 0.02, 0.04, 0.08, 0.16], delays)
+        self.assertEqual(1, self.logged('refused: full'))
+        self.assertEqual(1, self.logged('disconnected'))
+
+    def test_connection_that_lasted_starts_afresh(self):
+        stream, service = self.connected()
+        stream._retry.delay = 1
+        stream._since -= 2
+        service.close()
+        stream._receive()
+        self.assertEqual(0.01, stream._retry.delay)
+
+    def test_line_without_end_is_an_error_that_names_path_and_limit(self):
+        self.patch_constant('_LINE_MAX', 1000)
+        listener = self.serve()
+        stream = self.subscribe()
+        service = self.connection(listener)
+        service.sendall(line(1) + b'x' * 1001)
+        error = self.assertRaises(ValueError, list, stream)
+        self.assertIn(self.path, str(error))
+        self.assertIn('more than 1000 bytes', str(error))
+        self.assertEqual(b'', service.recv(1))
+
+    def test_other_lines_are_dropped_and_logged_once(self):
+        stream, service = self.connected()
+        service.sendall(b'null\n[]\n\xff\n\n{"a"\n' + b'[' * 100000 + b'\n'
+                        + line(7))
+        self.assertEqual(numbered(7), next(stream))
+        self.assertEqual(1, self.logged('not a JSON object'))
+
+    def test_losses_are_logged_with_their_sum_once_a_second(self):
+        stream, service = self.connected()
+        for number in range(3):
+            service.sendall(unix_notifier._lost_record(5, 'why'))
+            self.assertEqual(5, next(stream)['payload']['lost'])
+        self.assertEqual(1, self.logged('5 notifications were lost'))
+        stream._lost_told -= 2
+        service.sendall(unix_notifier._lost_record(5, 'why'))
+        next(stream)
+        self.assertEqual(1, self.logged('20 notifications were lost'))
+
+    def test_records_that_are_none_do_no_harm(self):
+        stream, service = self.connected()
+        for payload in (None, [], 'x', {}, {'lost': 'x'}):
+            service.sendall(unix_notifier._encode(
+                {'event_type': 'notifications.lost', 'payload': payload}))
+            self.assertEqual(payload, next(stream)['payload'])
+
+    def test_leaving_the_loop_closes_the_socket(self):
+        listener = self.serve()
+        before = open_files()
+
+        def leave():
+            for each in unix_notifier.subscribe(self.path):
+                return each
+
+        for index in range(3):
+            thread = self.in_thread(leave)
+            service = self.connection(listener)
+            service.sendall(line(index))
+            thread.join(WAIT)
+            self.assertEqual(b'', service.recv(1))
+            service.close()
+        self.assertEqual(before, open_files())
+
+    def test_close_in_another_thread_ends_the_iteration(self):
+        # Over and over: it may come before, in, or after the wait.
+        listener = self.serve()
+        for _ in range(200):
+            stream = self.subscribe()
+            self.connection(listener)
+            thread = self.in_thread(lambda: list(stream))
+            stream.close()
+            thread.join(WAIT)
+            self.assertFalse(thread.is_alive())
+            self.assertEqual([], list(stream))
+
+    def test_wait_is_asleep(self):
+        stream, _ = self.connected()
+        begin = time.thread_time()
+        self.assertIsNone(stream.take(time.monotonic() + 0.2))
+        self.assertLess(time.thread_time() - begin, 0.1)
+
+
+class ListenerTest(ConsumerTestCase):
+
+    def listener(self, batch_size=1):
+        server = self.serve()
+        listener = unix_notifier._Listener(self.path, batch_size)
+        self.addCleanup(listener.cleanup)
+        self.service = self.connection(server)
+        return listener
+
+    def send(self, *numbers):
+        self.service.sendall(b''.join(map(line, numbers)))
+
+    @staticmethod
+    def numbers(batch):
+        return [each.message['payload']['n'] for each in batch]
+
+    def test_poll_returns_at_most_batch_size(self):
+        listener = self.listener()
+        self.send(*range(5))
+        self.assertEqual([0], self.numbers(listener.poll()))
+        self.assertEqual([1, 2, 3], self.numbers(listener.poll(batch_size=3)))
+
+    def test_poll_gives_up_in_time(self):
+        listener = self.listener()
+        self.assertEqual([], listener.poll(timeout=0.01))
+        self.send(1)
+        self.assertEqual([1], self.numbers(listener.poll(
+            timeout=0.01, batch_size=2)))
+
+    def test_batch_timeout_begins_with_the_first(self):
+        listener = self.listener()
+        threading.Timer(0.05, self.send, (1,)).start()
+        self.assertEqual([1], self.numbers(listener.poll(
+            batch_size=2, batch_timeout=0.01)))
+
+    def test_without_batch_size_it_is_what_has_come(self):
+        listener = self.listener(None)
+        self.send(*range(250))
+        self.assertEqual(list(range(100)), self.numbers(
+            listener.poll(batch_size=None)))
+
+    def test_without_batch_size_it_waits_for_one(self):
+        listener = self.listener(None)
+        threading.Timer(0.05, self.send, (1,)).start()
+        self.assertEqual([1], self.numbers(listener.poll(batch_size=None)))
+
+    def test_reading_stops_until_messages_are_acknowledged(self):
+        listener = self.listener()
+        self.send(*range(150))
+        out = [listener.poll()[0] for _ in range(100)]
+        self.assertEqual([], listener.poll(timeout=0.01))
+        threading.Timer(0.05, out[50].acknowledge).start()
+        self.assertEqual([100], self.numbers(listener.poll()))
+        out[50].acknowledge()       # once more does no harm
+        self.assertEqual([], listener.poll(timeout=0.01))
+
+    def test_large_batch_fits(self):
+        listener = self.listener(200)
+        self.send(*range(300))
+        batch = listener.poll(batch_size=200)
+        self.assertEqual(list(range(200)), self.numbers(batch))
+
+    def test_paused_listener_does_not_spin(self):
+        listener = self.listener()
+        self.send(*range(101))
+        for _ in range(100):
+            listener.poll()
+        begin = time.thread_time()
+        listener.poll(timeout=0.2)
+        self.assertLess(time.thread_time() - begin, 0.1)
+
+    def test_requeued_message_returns_and_nothing_waits_for_it(self):
+        self.patch_constant('_REQUEUE_FIRST', 0.1)
+        listener = self.listener()
+        self.send(0, 1, 2)
+        first = listener.poll()[0]
+        begin = time.monotonic()
+        first.requeue()
+        self.assertEqual([1], self.numbers(listener.poll()))
+        self.assertEqual([2], self.numbers(listener.poll()))
+        self.assertEqual([first], listener.poll())
+        self.assertGreaterEqual(time.monotonic() - begin, 0.1)
+
+    def test_requeue_in_another_thread_is_heard_of(self):
+        self.patch_constant('_REQUEUE_FIRST', 0.01)
+        listener = self.listener()
+        self.send(0)
+        first = listener.poll()[0]
+        threading.Timer(0.05, first.requeue).start()
+        self.assertEqual([first], listener.poll(timeout=WAIT))
+
+    def test_delay_doubles_up_to_its_limit(self):
+        listener = self.listener()
+        self.send(0)
+        incoming, = listener.poll()
+        delays = []
+        for _ in range(7):
+            incoming.requeue()
+            delays.append(incoming.delay)
+        self.assertEqual([1, 2, 4, 8, 16, 30, 30], delays)
+
+    def test_requeued_messages_count_as_unsettled(self):
+        listener = self.listener()
+        self.send(*range(101))
+        for _ in range(100):
+            listener.poll()[0].requeue()
+        self.assertEqual([], listener.poll(timeout=0.01))
+
+    def test_stop_ends_poll_which_gives_what_it_holds(self):
+        for _ in range(100):        # before, in, or after the wait
+            listener = self.listener(10)
+            self.send(0, 1)
+            batches = []
+            thread = self.in_thread(lambda: batches.extend(
+                listener.poll(batch_size=10) for _ in range(2)))
+            wait_until(lambda: len(listener._unsettled) == 2)
+            listener.stop()
+            thread.join(WAIT)
+            self.assertEqual([[0, 1], []], list(map(self.numbers, batches)))
+            # Without cleanup(), which designate-sink never calls.
+            self.assertEqual(b'', self.service.recv(1))
+            os.unlink(self.path)
+
+    def test_after_stop_it_hands_out_what_had_come(self):
+        listener = self.listener()
+        self.send(0, 1, 2)
+        listener.poll()
+        self.send(3)
+        listener.stop()
+        self.assertEqual([1], self.numbers(listener.poll()))
+        self.assertEqual([2], self.numbers(listener.poll()))
+        self.assertEqual([], listener.poll())
+
+    def test_stop_drops_what_was_requeued_and_says_so_once(self):
+        listener = self.listener()
+        self.send(0, 1, 2)
+        out = [listener.poll()[0] for _ in range(3)]
+        out[0].requeue()
+        out[1].requeue()
+        listener.stop()
+        out[2].requeue()
+        self.assertEqual([], listener.poll())
+        self.assertEqual(1, self.logged('what was requeued (2) is dropped'))
+        self.assertEqual(1, self.logged('requeued'))
+
+    def test_message_that_no_dispatcher_takes_is_dropped(self):
+        listener = self.listener()
+        self.service.sendall(b'{}\n{"priority": null}\n' + line(1))
+        self.assertEqual([1], self.numbers(listener.poll()))
+        self.assertEqual(1, self.logged('no priority'))
+
+    def test_loss_is_a_message_and_refusal_is_not(self):
+        listener = self.listener()
+        self.service.sendall(
+            unix_notifier._record('notifications.refused', reason='full')
+            + unix_notifier._lost_record(3, 'why'))
+        self.assertEqual({'lost': 3, 'reason': 'why'},
+                         listener.poll()[0].message['payload'])
+        self.assertEqual(1, self.logged('refused: full'))
+
+    def test_poll_does_not_raise_for_a_line_that_is_too_long(self):
+        self.patch_constant('_LINE_MAX', 1000)
+        listener = self.listener()
+        self.service.sendall(b'x' * 1001)
+        self.assertEqual([], listener.poll())
+        self.assertEqual(1, self.logged('more than 1000 bytes'))
+
+    def test_poll_does_not_raise_whatever_happens(self):
+        self.patch_constant('_Backoff.MAX', 0)
+        listener = self.listener()
+        with mock.patch.object(listener._subscription, 'take', autospec=True,
+                               side_effect=MemoryError):
+            self.assertEqual([], listener.poll())
+        self.assertEqual(1, self.logged('MemoryError'))
+
+    def test_message_has_its_id(self):
+        listener = self.listener()
+        self.send(1)
+        incoming, = listener.poll()
+        self.assertEqual('x', incoming.msg_id)
+        self.assertEqual({}, incoming.ctxt)
+
+    def test_filter_on_the_context_is_warned_of_once(self):
+        self.addCleanup(setattr, unix_notifier._NoContext, 'warned', False)
+        listener = self.listener()
+        self.send(1, 2)
+        rule = oslo_messaging.NotificationFilter(context={'tenant': '^x$'})
+        for _ in range(2):
+            incoming, = listener.poll()
+            self.assertFalse(rule.match(incoming.ctxt, 'x', 'x', {}, {}))
+        self.assertEqual(1, self.logged('the request context'))
+        self.assertEqual(1, self.logged('tenant'))
+
+
+class TransportTest(ConsumerTestCase):
+
+    def driver(self, url):
+        conf = cfg.ConfigOpts()
+        conf([])
+        return unix_notifier.UnixTransportDriver(
+            conf, oslo_messaging.TransportURL.parse(conf, url))
+
+    def test_url_names_the_path(self):
+        self.assertEqual('/run/x.sock',
+                         self.driver('unix:///run/x.sock')._path)
+        self.assertEqual('/run/a b%.sock',
+                         self.driver('unix:///run/a%20b%25.sock')._path)
+
+    def test_url_that_names_no_path_is_refused(self):
+        for url, text in (('unix://', 'not an absolute path'),
+                          ('unix:///', 'not an absolute path'),
+                          ('unix:run/x', 'not an absolute path'),
+                          ('unix:///run/', 'not an absolute path'),
+                          ('unix://host/run/x', 'no host'),
+                          ('unix://user:pw@/run/x', 'no host'),
+                          ('unix:///run/x?a=b', 'query'),
+                          ('unix:///run/<service>', 'substituted'),
+                          ('unix:///' + 'x' * 101, 'limit is 101')):
+            error = self.assertRaises(oslo_messaging.InvalidTransportURL,
+                                      self.driver, url)
+            self.assertIn(text, str(error))
+
+    def test_constructing_does_nothing(self):
+        listener = self.serve()
+        listener.setblocking(False)
+        before = open_files(), threading.active_count()
+        driver = self.driver('unix://' + self.path)
+        self.assertEqual(before, (open_files(), threading.active_count()))
+        self.assertRaises(BlockingIOError, listener.accept)
+        driver.cleanup()
+
+    def test_rpc_is_not_offered(self):
+        driver = self.driver('unix:///x')
+        self.assertRaises(NotImplementedError, driver.send, None, {}, {})
+        self.assertRaises(NotImplementedError, driver.listen, None, 1, None)
+
+    def test_what_is_sent_is_dropped_and_that_is_logged_once(self):
+        driver = self.driver('unix:///x')
+        for _ in range(2):
+            driver.send_notification(None, {}, {}, 2.0, 0)
+        self.assertEqual(1, self.logged('use driver = unix'))
+
+    def test_pool_is_warned_of_once(self):
+        driver = self.driver('unix://' + self.path)
+        for _ in range(2):
+            driver.listen_for_notifications([], 'pool', 1, None).cleanup()
+        self.assertEqual(1, self.logged('of a pool'))
+
+    def test_real_servers(self):
+        """Of both kinds, in one process, each gets everything."""
+        driver = self.driver('unix://' + self.path)
+        transport = oslo_messaging.transport.NotificationTransport(driver)
+        listener = self.serve()
+        got = {'plain': [], 'batch': []}
+        rule = oslo_messaging.NotificationFilter(event_type='^x$')
+        plain = types.SimpleNamespace(
+            info=lambda *args: got['plain'].append(args[3]['n']),
+            filter_rule=rule)
+        batch = types.SimpleNamespace(info=lambda messages: got[
+            'batch'].extend(each['payload']['n'] for each in messages))
+        targets = [oslo_messaging.Target(topic=each) for each in 'abc']
+        servers = [
+            oslo_messaging.get_notification_listener(
+                transport, targets, [plain], 'threading',
+                allow_requeue=True),
+            oslo_messaging.get_batch_notification_listener(
+                transport, targets, [batch], 'threading',
+                allow_requeue=True)]
+        for server in servers:
+            server.start()
+            service = self.connection(listener)
+            service.sendall(b''.join(unix_notifier._encode(dict(
+                numbered(number), priority='INFO')) for number in range(20)))
+        wait_until(lambda: len(got['plain']) == len(got['batch']) == 20)
+        for server in servers:
+            begin = time.monotonic()
+            server.stop()
+            self.assertLess(time.monotonic() - begin, PROMPT)
+            server.wait()
+        self.assertEqual(list(range(20)), sorted(got['plain']))
+        self.assertEqual(list(range(20)), sorted(got['batch']))
+
+
+class CommandLineTest(base.BaseTestCase):
+
+    def test_text_is_one_line_whatever_was_emitted(self):
+        text = unix_notifier._text(dict(
+            message({'request_id': 'req-1\x1b[2J'}), event_type='a\nb\u202e'))
+        self.assertEqual(
+            'x  x  a\\nb\\u202e  x  req-1\\x1b[2J', text)
+
+    def test_text_ends_with_the_id_that_says_most(self):
+        for payload, last in (
+                ({'id': 'i', 'request_id': 'r'}, 'r'),
+                ({'id': 'i', 'resource_info': 's'}, 's'),
+                ({'n_object.data': {'uuid': 'u'}, 'id': 'i'}, 'u'),
+                ({'n_object.data': None, 'id': 'i'}, 'i'),
+                ({'id': {}}, 'x'), ({}, 'x'), ('text', 'x'), (None, 'x')):
+            text = unix_notifier._text(dict(message(payload)))
+            self.assertEqual(last, text.split('  ')[-1])
+
+    def test_text_of_a_loss_tells_how_many(self):
+        text = unix_notifier._text(json.loads(
+            unix_notifier._lost_record(5, 'why')))
+        self.assertTrue(text.endswith('{"lost": 5, "reason": "why"}'), text)
+
+    def test_wrong_arguments_are_named(self):
+        for argv, text in ((['x'], "'x' is not an absolute path"),
+                           (['/x', '--count', '0'], 'less than the limit, 1'),
+                           (['/x', '--event-type', '('], 'missing )')):
+            errors = io.StringIO()
+            with contextlib.redirect_stderr(errors):
+                error = self.assertRaises(
+                    SystemExit, unix_notifier.main, argv)
+            self.assertEqual(2, error.code)
+            self.assertIn(text, errors.getvalue())

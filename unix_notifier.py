@@ -33,6 +33,10 @@ What a subscriber can rely on:
 * Not covered is what a killed process had not handed on yet, and what a
   process could not hand on within its last second.
 
+``subscribe()``, the transport ``unix://`` for notification listeners, and
+``python -m unix_notifier`` are such subscribers, which come back by
+themselves.
+
 What a service can rely on: ``notify()`` never blocks, never raises and never
 logs. It serializes, appends to a queue and wakes the loop, a daemon thread
 that does everything else. Who may do what:
@@ -45,6 +49,7 @@ constructor, exit   start the loop; stop it and take its place
 ==================  =====================================================
 """
 
+import argparse
 import atexit
 import bisect
 import collections
@@ -54,14 +59,17 @@ import errno
 import fcntl
 import functools
 import grp
+import heapq
 import importlib.util
 import itertools
 import json
 import logging
+import math
 from multiprocessing import process
 from multiprocessing import util
 import os
 import random
+import re
 import selectors
 import socket
 import stat
@@ -76,8 +84,10 @@ import uuid
 import weakref
 
 from oslo_config import cfg
+import oslo_messaging
 from oslo_messaging.notify import notifier
 from oslo_serialization import jsonutils
+from oslo_utils import importutils
 from oslo_utils import strutils
 from oslo_utils import timeutils
 
@@ -1818,6 +1828,29 @@ class _Uplink(_Subscriber):
         return [each for part in parts for each in _chunks(part)]
 
 
+class _LineBuffer:
+    """Whole lines of what a stream gives in pieces; scans each byte once."""
+
+    def __init__(self):
+        self._parts = []    # of a line whose end has not come
+        self._size = 0
+
+    def feed(self, data):
+        """The lines that are whole by now, as one block; it may be empty."""
+        whole, newline, rest = data.rpartition(b'\n')
+        if newline:
+            whole = b''.join((*self._parts, whole, newline))
+            self._parts, self._size = [], 0
+        self._parts.append(rest)
+        self._size += len(rest)
+        return whole
+
+    def check(self, limit):
+        """Raise ValueError if the line that has begun is longer, in bytes."""
+        if self._size > limit:
+            raise ValueError('a line of more than %d bytes' % limit)
+
+
 class _Follower:
     """A follower, as the leader sees it: where lines come from."""
 
@@ -1825,8 +1858,7 @@ class _Follower:
         self.sock = sock
         self.who = who
         self._greeted = False
-        self._parts = []    # of a line whose end has not come
-        self._size = 0
+        self._buffer = _LineBuffer()
 
     def read(self):
         """Chunks that have come, or None at the end of the stream.
@@ -1839,18 +1871,10 @@ class _Follower:
         data = self.sock.recv(_CHUNK_MAX)
         if not data:
             return None
-        whole, newline, rest = data.rpartition(b'\n')
-        block = b''
-        if newline:
-            block = b''.join(self._parts) + whole + newline
-            self._parts, self._size = [], 0
-        self._parts.append(rest)
-        self._size += len(rest)
+        block = self._buffer.feed(data)
         if block and not self._greeted:
             block = self._check_hello(block)
-        limit = _LINE_MAX if self._greeted else _HELLO_MAX
-        if self._size > limit:
-            raise ValueError('a line of more than %d bytes' % limit)
+        self._buffer.check(_LINE_MAX if self._greeted else _HELLO_MAX)
         return _chunks(block)
 
     def _check_hello(self, block):
@@ -2237,3 +2261,632 @@ def _before_uwsgi_forks():
 
 
 UnixDriver.hub_class = _RelayHub
+
+
+# ---------------------------------------------------------------------------
+# CONSUMERS: whoever reads the socket
+# ---------------------------------------------------------------------------
+#
+# A subscription is a connection that comes back, and the lines on it. The
+# iterator, the listener of the transport and the command line are built on
+# it. Losses are the publisher's to report, as records in the stream: who
+# does not keep up stops reading, and hears of them.
+
+_LOST = 'notifications.lost'
+_REFUSED = 'notifications.refused'
+
+_DECODER = json.JSONDecoder()
+
+# Messages that a listener has handed out and that are neither acknowledged
+# nor requeued for good. Upstream's server would take them without a bound.
+_UNSETTLED_MAX = 100
+
+# Seconds after which a requeued message returns: doubling, from and up to.
+_REQUEUE_FIRST = 1
+_REQUEUE_MAX = 30
+
+# Only the transport derives from it; without it, only that one is lost.
+_base = importutils.try_import(
+    'oslo_messaging._drivers.base',
+    types.SimpleNamespace(BaseDriver=object, IncomingMessage=object,
+                          PollStyleListener=object))
+
+
+class _Subscription:
+    """A socket that is followed; what subscribe() returns.
+
+    One thread reads. close() and wake() are for any.
+    """
+
+    def __init__(self, path, reconnect=True):
+        self._selector = None       # for __del__, should the path be bad
+        self.path = _parse_path(path)
+        self.line = b''         # what the last message was read from
+        self._reconnect = reconnect
+        self._closed = False    # for good
+        self._reading = threading.RLock()   # by who reads, or closes
+        self._sock = None
+        self._since = 0         # time.monotonic() when it connected
+        self._watched = False   # whether the selector watches it
+        self._buffer = _LineBuffer()
+        self._lines = collections.deque()   # that came and were not taken
+        self._retry = _Backoff()    # at is None while connected
+        self._told = set()      # what was logged and need not be again
+        self._lost = 0          # notifications, by the records
+        self._lost_told = -math.inf     # time.monotonic() when it was logged
+        self._waker = _Event()
+        self._selector = selectors.DefaultSelector()    # run time: eventlet
+        self._selector.register(self._waker, selectors.EVENT_READ)
+        self._connect()
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        while True:
+            message = self.take()
+            if message is not None:
+                return message
+            if self._closed:
+                raise StopIteration
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_exception):
+        self.close()
+
+    def close(self):
+        """End the subscription; an iteration in another thread ends, too."""
+        self._closed = True
+        self._waker.set()
+        with self._reading:
+            self._disconnect()
+            self._selector.close()
+
+    def __del__(self):
+        if self._selector is not None:
+            self.close()
+
+    def wake(self):
+        """Have take() or wait(), now or the next time, return early."""
+        self._waker.set()
+
+    def take(self, deadline=None):
+        """The next message, or None: in time, or after wake(), there is none.
+
+        :param deadline: when to give up, by time.monotonic()
+        :raises: ValueError for a line that is too long, naming the limit
+        """
+        with self._reading:
+            while not self._closed:
+                while self._lines:
+                    self.line = self._lines.popleft()
+                    message = self._parse(self.line)
+                    if message is not None:
+                        return message
+                if not self._receive() and not self.wait(deadline):
+                    break
+        return None
+
+    def held(self):
+        """Whether take() need not wait."""
+        return bool(self._lines)
+
+    def wait(self, deadline=None, reading=True):
+        """Wait for lines, or to try again; False after wake() or too late.
+
+        :param reading: whether to wait for lines, and not only for wake()
+        """
+        now = time.monotonic()
+        if self._retry.at is not None and now >= self._retry.at:
+            self._connect()
+            return True
+        if deadline is not None and now >= deadline:
+            return False
+        self._watch(reading and self._sock is not None)
+        until = [at for at in (deadline, self._retry.at) if at is not None]
+        timeout = min(until) - now if until else None
+        for key, _ in self._selector.select(timeout):
+            if key.fileobj is self._waker:
+                self._waker.clear()
+                return False
+        return True
+
+    def _watch(self, watch):
+        if watch and not self._watched:
+            self._selector.register(self._sock, selectors.EVENT_READ)
+        elif self._watched and not watch:
+            self._selector.unregister(self._sock)
+        self._watched = watch
+
+    def _connect(self):
+        try:
+            sock = _connected(self.path)
+        except OSError as error:
+            if not self._reconnect:
+                raise OSError(error.errno, error.strerror, self.path)
+            self._retry.fail()
+            self.say_once(logging.INFO, 'waiting for it: %s', error.strerror)
+            return
+        self._sock, self._since = sock, time.monotonic()
+        self._retry.at = None   # its delay is kept: see _on_end()
+        self.say_once(logging.INFO, 'connected')
+
+    def _receive(self):
+        """Take in what has come; whether there was anything."""
+        if self._sock is None:
+            return False
+        try:
+            data = self._sock.recv(_CHUNK_MAX)
+        except BlockingIOError:
+            return False
+        except OSError:     # reset: it closed, and had not read all we sent
+            data = b''
+        if not data:
+            self._on_end()
+            return True
+        block = self._buffer.feed(data)
+        try:
+            self._buffer.check(_LINE_MAX)
+        except ValueError as error:
+            self._on_end()
+            raise ValueError('%s: %s' % (self.path, error))
+        # Not splitlines(), which would split at a carriage return, too.
+        self._lines.extend(block.split(b'\n')[:-1])
+        return True
+
+    def _on_end(self):
+        """The stream has ended. A line without its end is discarded."""
+        self._disconnect()
+        if self._closed or not self._reconnect:
+            self._closed = True
+            return
+        # Unless it refuses us: it must not be asked, nor be logged, for ever.
+        if time.monotonic() - self._since > _Backoff.MAX:
+            self._retry.clear()
+            self._told.clear()
+        self._retry.fail()
+        self.say_once(logging.INFO, 'disconnected')
+
+    def _disconnect(self):
+        self._watch(False)
+        self._buffer = _LineBuffer()
+        if self._sock is not None:
+            self._sock.close()  # no shutdown: it may be a forked child's copy
+            self._sock = None
+
+    def _parse(self, line):
+        try:
+            # Not json.loads(), which guesses the encoding: 8 us, not 7.
+            message = _DECODER.decode(line.decode())
+        except (ValueError, RecursionError):
+            message = None
+        if not isinstance(message, dict):
+            self.say_once(logging.WARNING, 'not a JSON object, dropped: %r',
+                          line[:80])
+            return None
+        if message.get('event_type') in (_LOST, _REFUSED):
+            self._note(message['event_type'], message.get('payload'))
+        return message
+
+    def _note(self, event_type, payload):
+        """Log a control record; losses at most once a second, with the sum."""
+        payload = payload if isinstance(payload, dict) else {}
+        if event_type == _REFUSED:
+            self.say_once(logging.WARNING, 'refused: %s',
+                          payload.get('reason'))
+            return
+        lost = payload.get('lost')
+        self._lost += lost if isinstance(lost, int) else 0
+        now = time.monotonic()
+        if now - self._lost_told > _CHECK_INTERVAL:
+            self._lost_told = now
+            self._say(logging.WARNING, '%d notifications were lost since it '
+                      'began: %s', self._lost, payload.get('reason'))
+
+    def say_once(self, level, text, *args):
+        """Once, until a connection has lasted."""
+        if text not in self._told:
+            self._told.add(text)
+            self._say(level, text, *args)
+
+    def _say(self, level, text, *args):
+        LOG.log(level, 'Notifications from %s: ' + text, self.path, *args)
+
+
+def subscribe(path, *, reconnect=True):
+    """Follow a socket: an iterator of notifications.
+
+    When this returns it is connected, if the service is there, and whatever
+    is published from then on will be seen. It waits for a service that is
+    not there, and for one that has gone, trying again after 10 ms, doubling
+    to 1 s. What is published in between is not seen, nor counted. A
+    subscriber that does not keep up loses the oldest, and gets a record of
+    it: a ``notifications.lost``, like any notification, whose payload is
+    ``{'lost': number, 'reason': text}``. A ``notifications.refused`` says
+    why the service has closed the connection. Lines that are no JSON
+    objects are dropped, and logged once.
+
+    Leaving the loop closes the socket; so do ``close()``, from any thread,
+    and the end of a ``with`` block. Not to be shared with a forked child.
+
+    :param path: absolute path of the socket, or a ``unix://`` URI of it
+    :type path: str
+    :param reconnect: whether to wait for the service and to come back; else
+                      the iterator ends with the stream
+    :type reconnect: bool
+    :returns: an iterator, and context manager, of dicts: ``message_id``,
+              ``publisher_id``, ``event_type``, ``priority``, ``timestamp``
+              (all str) and ``payload`` (whatever was emitted)
+    :raises: ValueError, naming the path and what is wrong with it, and in
+             the iteration for a line of more than 64 MiB; OSError, without
+             ``reconnect``, if the service is not there
+    """
+    return _Subscription(path, reconnect)
+
+
+# -- the transport ----------------------------------------------------------
+
+class _NoContext(dict):
+    """The request context, which is not sent; says so if a filter asks."""
+
+    warned = False
+
+    def __contains__(self, key):
+        if not _NoContext.warned:
+            _NoContext.warned = True
+            LOG.warning('Notifications from a unix:// transport come without '
+                        'the request context: a filter on it (%s) never '
+                        'matches', key)
+        return False
+
+
+class _Incoming(_base.IncomingMessage):
+    """A message that was handed out, until it is settled by any thread."""
+
+    def __init__(self, listener, message):
+        super().__init__(_NoContext(), message, message.get('message_id'))
+        self._listener = listener
+        self.delay = 0      # seconds that it was last put off
+
+    def acknowledge(self):
+        self._listener.settle(self)
+
+    def requeue(self):
+        self.delay = min(max(2 * self.delay, _REQUEUE_FIRST), _REQUEUE_MAX)
+        self._listener.put_off(self)
+
+
+class _Listener(_base.PollStyleListener):
+    """One connection, whatever the targets and priorities.
+
+    One thread calls poll(); settle(), put_off() and stop() are for any.
+    """
+
+    def __init__(self, path, batch_size):
+        super().__init__()
+        self._limit = max(_UNSETTLED_MAX, batch_size or 0)
+        self._subscription = _Subscription(path)
+        self._lock = threading.Lock()   # guards what follows
+        self._unsettled = set()     # handed out, or put off
+        self._put_off = []      # of those, a heap of (when, number, incoming)
+        self._numbers = itertools.count()   # what is due at once, in order
+        self._stopped = False
+
+    # Any thread. First the change, then the waking: poll() looks at what may
+    # have changed after it has taken note that it was woken.
+
+    def settle(self, incoming):
+        with self._lock:
+            self._unsettled.discard(incoming)
+        self._subscription.wake()
+
+    def put_off(self, incoming):
+        with self._lock:
+            if not self._stopped:
+                heapq.heappush(self._put_off, (
+                    _deadline(incoming.delay), next(self._numbers), incoming))
+        self._subscription.wake()
+        if self._stopped:
+            self._drop_requeued(1)
+
+    def stop(self):
+        """Have poll() return what it holds, and no more than has come."""
+        with self._lock:
+            self._stopped = True
+            dropped, self._put_off = len(self._put_off), []
+        self._subscription.wake()
+        if dropped:
+            self._drop_requeued(dropped)
+
+    def _drop_requeued(self, dropped):
+        self._subscription.say_once(
+            logging.WARNING, 'the listener stops; what was requeued (%d) is '
+            'dropped', dropped)
+
+    def cleanup(self):
+        self.stop()
+        self._subscription.close()
+
+    # The thread that polls.
+
+    def poll(self, timeout=None, batch_size=1, batch_timeout=None):
+        """See PollStyleListener. Without batch_size: whatever has come."""
+        batch = []
+        try:
+            self._collect(batch, timeout, batch_size, batch_timeout)
+        except ValueError as error:     # the line is too long; it reconnects
+            LOG.warning('Notifications: %s', error)
+        except Exception:
+            LOG.exception('Notifications from %s', self._subscription.path)
+            time.sleep(_Backoff.MAX)
+        if self._stopped and not batch:
+            # Now, for designate-sink never calls cleanup().
+            self._subscription.close()
+        return batch
+
+    def _collect(self, batch, timeout, batch_size, batch_timeout):
+        deadline = _deadline(timeout)
+        while len(batch) < (batch_size or self._limit):
+            incoming = self._next(deadline)
+            if incoming is None:
+                return
+            batch.append(incoming)
+            if len(batch) == 1 and batch_timeout is not None:
+                deadline = _deadline(batch_timeout)
+            elif batch_size is None and batch_timeout is None:
+                deadline = _deadline(0)
+
+    def _next(self, deadline):
+        """What to hand out next, or None: it is too late, or stopped."""
+        while True:
+            incoming, until, full = self._look(deadline)
+            if incoming is not None:
+                return incoming
+            if self._stopped:
+                if full or not self._subscription.held():
+                    return None
+                until = _deadline(0)
+            if full:
+                self._subscription.wait(until, reading=False)
+            else:
+                message = self._subscription.take(until)
+                if message is not None and self._wanted(message):
+                    return self._hand_out(message)
+            if deadline is not None and time.monotonic() >= deadline:
+                return None
+
+    def _look(self, deadline):
+        """What was put off until now; else until when to wait, how."""
+        with self._lock:
+            if self._put_off:
+                when = self._put_off[0][0]
+                if when <= time.monotonic():
+                    return heapq.heappop(self._put_off)[-1], None, None
+                deadline = when if deadline is None else min(deadline, when)
+            return None, deadline, len(self._unsettled) >= self._limit
+
+    def _wanted(self, message):
+        if message.get('event_type') == _REFUSED:
+            return False        # it was logged
+        if isinstance(message.get('priority'), str):
+            return True
+        # The dispatcher would fail on it, and have it requeued, for ever.
+        self._subscription.say_once(
+            logging.WARNING, 'dropped, for it has no priority: %.80r',
+            self._subscription.line)
+        return False
+
+    def _hand_out(self, message):
+        incoming = _Incoming(self, message)
+        with self._lock:
+            self._unsettled.add(incoming)
+        return incoming
+
+
+def _connected(path):
+    """A socket; a full backlog raises BlockingIOError, and no wait."""
+    sock = _unix_socket()
+    try:
+        sock.setblocking(False)
+        sock.connect(path)
+        return sock
+    except OSError:
+        sock.close()
+        raise
+
+
+def _deadline(seconds):
+    return None if seconds is None else time.monotonic() + seconds
+
+
+class UnixTransportDriver(_base.BaseDriver):
+
+    """Listen to what the unix notification driver publishes.
+
+    For notification listeners, by configuration alone::
+
+        [oslo_messaging_notifications]
+        transport_url = unix:///run/nova/notifications.sock
+
+    Every listener gets every notification, whatever its targets, and a
+    record of those that it lost, with priority warn. It waits for the
+    service, and reconnects. At most 100 messages, or one batch, wait for
+    being acknowledged; a requeued one returns after 1 s, doubling to 30 s.
+    """
+
+    def __init__(self, conf, url, default_exchange=None,
+                 allowed_remote_exmods=None):
+        """Read the URL, and no more: services fork after this.
+
+        :param url: the absolute path of the socket, without host or query
+        :type url: oslo_messaging.TransportURL
+        :raises: InvalidTransportURL, naming the URL and what is wrong
+        """
+        super().__init__(conf, url, default_exchange, allowed_remote_exmods)
+        try:
+            if url.hosts:
+                raise ValueError('%r: a unix:// URI has no host' % str(url))
+            self._path = _parse_path(str(url))
+        except ValueError as error:
+            raise oslo_messaging.InvalidTransportURL(str(url), str(error))
+        self._warned = set()
+
+    def require_features(self, requeue=False):
+        """Whatever a listener may ask for is there."""
+
+    def send(self, *_args, **_kwargs):
+        """RPC needs a broker.
+
+        :raises: NotImplementedError
+        """
+        raise NotImplementedError('A unix:// transport is for notification '
+                                  'listeners; it has no RPC')
+
+    listen = send
+
+    def send_notification(self, target, ctxt, message, version, retry):
+        """Drop it: who publishes is the driver of a Notifier."""
+        self._warn_once('A unix:// transport does not send notifications, '
+                        'which are dropped; use driver = unix')
+
+    def listen_for_notifications(self, targets_and_priorities, pool,
+                                 batch_size, batch_timeout):
+        """A listener, already connected if the service is there."""
+        if pool:
+            self._warn_once('A unix:// transport sends everything to every '
+                            'listener; only one process of a pool gets it as '
+                            'pools mean it')
+        return _base.PollStyleListenerAdapter(
+            _Listener(self._path, batch_size), batch_size, batch_timeout)
+
+    def _warn_once(self, text):
+        if text not in self._warned:
+            self._warned.add(text)
+            LOG.warning(text)
+
+    def cleanup(self):
+        """Nothing is held; listeners are cleaned up by their servers."""
+
+
+# -- the command line -------------------------------------------------------
+
+_EPILOG = """
+Prints each notification as one line of JSON, at once; what happens to the
+connection, and losses, go to standard error. It waits for the service, and
+comes back after it has restarted.
+
+  unix-notifier /run/nova/notifications.sock | jq .payload
+  unix-notifier --text --event-type '^compute[.]' /run/nova/notifications.sock
+
+Exit status: 0 after --count notifications, or when nobody reads the output
+any more; 1 if it cannot write, or for a line of more than 64 MiB; 2 for
+wrong arguments; 130 after Ctrl-C.
+"""
+
+# Where services put the id of the request, or else of the resource.
+_ID_KEYS = ('request_id', 'resource_info', 'resource_id', 'instance_id',
+            'image_id', 'uuid', 'id')
+
+
+def _printable(value):
+    """Text that stays on its line and cannot drive a terminal."""
+    return ''.join(each if each.isprintable() else ascii(each)[1:-1]
+                   for each in str(value))
+
+
+def _text(message):
+    """One readable line: when, how grave, what, from whom, about which."""
+    payload = message.get('payload')
+    inner = payload if isinstance(payload, dict) else {}
+    for key in inner:
+        if key.endswith('_object.data') and isinstance(inner[key], dict):
+            inner = inner[key]      # a versioned object
+            break
+    ids = [inner[key] for key in _ID_KEYS if isinstance(inner.get(key), str)]
+    if message.get('event_type') in (_LOST, _REFUSED):
+        ids = [json.dumps(payload)]
+    fields = [message.get(key) for key in (
+        'timestamp', 'priority', 'event_type', 'publisher_id')]
+    return '  '.join(_printable(each) for each in fields + ids[:1])
+
+
+def _arguments(argv):
+    parser = argparse.ArgumentParser(
+        prog='unix-notifier', epilog=_EPILOG,
+        description='Follow the notifications of a service.',
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('path', type=_argument(_parse_path), metavar='PATH',
+                        help='the socket, as in sock_path')
+    parser.add_argument('--event-type', type=_argument(re.compile),
+                        metavar='REGEX', default=re.compile(''),
+                        help='only event types in which REGEX is found')
+    parser.add_argument('--count', type=_argument(
+        lambda text: _at_least(1)(int(text))), metavar='N', help='end after N')
+    parser.add_argument('--text', action='store_true',
+                        help='a readable line instead of JSON: time, '
+                             'priority, event type, publisher, and the id of '
+                             'the request or the resource')
+    return parser.parse_args(argv)
+
+
+def _argument(parse):
+    """Have argparse print what is wrong with a value."""
+    def check(text):
+        try:
+            return parse(text)
+        except (ValueError, re.error) as error:
+            raise argparse.ArgumentTypeError(error)
+    return check
+
+
+def _print(stream, arguments):
+    left = arguments.count or math.inf
+    for message in stream:
+        if not arguments.event_type.search(str(message.get('event_type'))):
+            continue
+        line = (_text(message).encode(errors='backslashreplace')
+                if arguments.text else stream.line)
+        sys.stdout.buffer.write(line + b'\n')
+        sys.stdout.buffer.flush()
+        left -= 1
+        if not left:
+            break
+
+
+def _close_unread(stream):
+    """End the stream when nobody reads the output, though nothing comes."""
+    poller = _select.poll()
+    poller.register(sys.stdout.fileno(), 0)     # only for errors
+    poller.poll()
+    stream.close()
+
+
+def main(argv=None):
+    """Follow a socket: see ``--help``.
+
+    :returns: the exit status
+    """
+    arguments = _arguments(argv)
+    LOG.addHandler(logging.StreamHandler())
+    LOG.setLevel(logging.INFO)
+    try:
+        with subscribe(arguments.path) as stream:
+            threading.Thread(target=_close_unread, args=(stream,),
+                             daemon=True).start()
+            _print(stream, arguments)
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # What is left in the buffer would fail once more, at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (OSError, ValueError) as error:
+        LOG.error(error)
+        return 1
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,338 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+
+"""Whoever consumes by our own means gets what nc would, and comes back.
+
+Guards against listeners that lose in silence, that pile up what they cannot
+handle, that hang when they are stopped or when the service is restarted, and
+against a command line that ends in a traceback or does not end.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import base
+import unix_notifier
+
+LISTENER = os.path.join(os.path.dirname(os.path.abspath(__file__)),
+                        'listener.py')
+COMMAND = [sys.executable, '-W', 'ignore', '-m', 'unix_notifier']
+MIB = base.MIB
+
+
+class ConsumerTestCase(base.FunctionalTestCase):
+
+    def consumer(self):
+        consumer = self.publisher(is_open=False, program=(LISTENER,))
+        consumer.ask('load')
+        return consumer
+
+    @property
+    def url(self):
+        return 'unix://' + self.path
+
+    def service(self, **options):
+        service = self.publisher(**options)
+        service.wait_log('served')
+        return service
+
+    def wait_heard(self, consumer, total, number=0):
+        """Wait until what a listener got and lost adds up."""
+        def heard():
+            heard = consumer.ask('heard', number=number)
+            return heard['received'] + heard['lost'] >= total and heard
+
+        return base.wait_until(heard, lambda: '%d of %s' % (
+            total, consumer.ask('heard', number=number)))
+
+
+class SubscribeTest(ConsumerTestCase):
+
+    def test_subscribed_when_it_returns(self):
+        consumer = self.publisher(program=(LISTENER,))
+        consumer.wait_log('served')
+        consumer.ask('subscribe_and_emit', count=300, path=self.path)
+
+    def test_subscribed_when_it_returns_beside_a_leader(self):
+        self.service()
+        consumer = self.publisher(program=(LISTENER,))
+        consumer.wait_log('relayed to')
+        consumer.ask('subscribe_and_emit', count=300, path=self.path)
+
+    def test_it_follows_a_service_that_restarts(self):
+        stream = unix_notifier.subscribe(self.path)
+        self.addCleanup(stream.close)
+        for _ in range(3):
+            service = self.service()
+            # take() is what tries again.
+            base.wait_until(
+                lambda: stream.take(0) or service.log('connected: pid'),
+                'connected')
+            service.ask('emit', count=5)
+            self.assertEqual([1, 2, 3, 4, 5], [
+                next(stream)['payload']['number'] for _ in range(5)])
+            service.kill()
+            service.wait_exit()
+
+
+class ListenerTest(ConsumerTestCase):
+
+    def test_listener_comes_first_and_stays_while_services_come_and_go(self):
+        consumer = self.consumer()
+        consumer.ask('listen', url=self.url)
+        for round_ in range(1, 4):
+            service = self.service()
+            service.wait_log('connected: pid %d,' % consumer.pid)
+            service.ask('emit', count=100)
+            heard = self.wait_heard(consumer, 100 * round_)
+            self.assertEqual(100 * round_, heard['deliveries'])
+            service.kill()
+            service.wait_exit()
+        self.assertLess(consumer.ask('unlisten'), 1)
+
+    def test_two_listeners_and_nc_each_get_everything(self):
+        if shutil.which('nc') is None:
+            self.skipTest('nc is not installed')
+        service = self.service()
+        consumer = self.consumer()
+        consumer.ask('listen', url=self.url)
+        consumer.ask('listen', url=self.url, fixture=True)
+        client = self.client(['nc', '-U', self.path],
+                             stdin=subprocess.DEVNULL)
+        service.wait_log('connected: pid %d,' % client.pid)
+        service.ask('emit', count=1000)
+        self.assert_complete(client, 1000)
+        for number in range(2):
+            heard = self.wait_heard(consumer, 1000, number)
+            self.assertEqual((1000, 1000, 0), (
+                heard['received'], heard['deliveries'], heard['lost']))
+        consumer.ask('unlisten', number=0)
+        service.ask('emit', count=10)
+        self.wait_heard(consumer, 1010, 1)
+        self.assertEqual(1000, consumer.ask('heard', number=0)['received'])
+
+    def test_batches(self):
+        service = self.service()
+        consumer = self.consumer()
+        consumer.ask('listen', url=self.url, batch={
+            'batch_size': 50, 'batch_timeout': 0.1})
+        consumer.ask('listen', url=self.url, batch={'batch_size': None})
+        service.ask('emit', count=1020)
+        for number in range(2):
+            heard = self.wait_heard(consumer, 1020, number)
+            self.assertEqual(1020, heard['deliveries'])
+            self.assertEqual(0, heard['lost'])
+        # The dispatcher parts a batch by its seven priorities.
+        self.assertEqual(8, consumer.ask('heard', number=0)['largest'])
+        self.assertLessEqual(consumer.ask('heard', number=1)['largest'], 15)
+
+    def test_requeued_messages_return(self):
+        service = self.service()
+        consumer = self.consumer()
+        consumer.ask('listen', url=self.url, requeue=1)
+        service.ask('emit', count=10)
+        base.wait_until(
+            lambda: consumer.ask('heard')['deliveries'] == 20,
+            lambda: 'each twice: %s' % consumer.ask('heard'))
+        self.assertEqual(10, consumer.ask('heard')['received'])
+
+    def test_stop_amid_requeues(self):
+        service = self.service()
+        consumer = self.consumer()
+        consumer.ask('listen', url=self.url, requeue=10 ** 9)
+        service.ask('emit', count=300)
+        base.wait_until(lambda: consumer.ask('heard')['deliveries'] >= 150,
+                        'all it takes were requeued')
+        self.assertEqual(100, consumer.ask('heard')['received'])
+        self.assertLess(consumer.ask('unlisten'), 1)
+        self.assertEqual(1, len(consumer.log('is dropped')))
+        service.wait_log('parted: pid %d,' % consumer.pid)
+
+    def test_slow_listener_knows_what_it_lost_and_stays_small(self):
+        service = self.service(buffer_size=MIB)
+        consumer = self.consumer()
+        consumer.ask('listen', url=self.url, delay=0.02)
+        service.ask('emit', count=100)      # executor and all is there
+        self.wait_heard(consumer, 100)
+        before = base.memory(consumer.pid)
+        service.ask('emit', count=20000, size=1000)
+        self.assertLess(base.memory(consumer.pid) - before, 8 * MIB)
+        heard = self.wait_heard(consumer, 20100)
+        self.assertEqual(20100, heard['received'] + heard['lost'])
+        self.assertGreater(heard['lost'], 10000)
+        self.assertLess(base.memory(consumer.pid) - before, 8 * MIB)
+        consumer.wait_log('notifications were lost')
+
+
+class CommandLineTest(ConsumerTestCase):
+
+    def command(self, *arguments, **kwargs):
+        process = subprocess.Popen(
+            [*COMMAND, self.path, *arguments], stdin=subprocess.DEVNULL,
+            stdout=kwargs.pop('stdout', subprocess.PIPE),
+            stderr=subprocess.PIPE, start_new_session=True)
+        self.addCleanup(self._end, process)
+        return process
+
+    @staticmethod
+    def _end(process):
+        base._kill_session(process)
+        process.communicate()
+
+    def wait_status(self, process, text):
+        for line in process.stderr:
+            self.assertNotIn(b'Traceback', line)
+            if text.encode() in line:
+                return
+        self.fail('no %r' % text)
+
+    def test_lines_are_those_of_the_socket_at_once(self):
+        service = self.service()
+        process = self.command()
+        self.wait_status(process, 'connected')
+        other = self.subscribe()
+        service.ask('emit_real')
+        self.assert_complete(other, 100)
+        lines = [process.stdout.readline() for _ in range(100)]
+        self.assertEqual(
+            other.messages,
+            [unix_notifier.json.loads(line) for line in lines])
+
+    def test_it_waits_and_comes_back_and_says_so(self):
+        process = self.command('--count', '2')
+        self.wait_status(process, 'waiting for it: No such file')
+        for _ in range(2):
+            service = self.service()
+            service.wait_log('connected: pid %d,' % process.pid)
+            service.ask('emit', count=1)
+            self.assertTrue(process.stdout.readline())
+            service.kill()
+            service.wait_exit()
+        self.assertEqual(0, process.wait(base.PATIENCE))
+        self.assertEqual(b'', process.stdout.read())
+
+    def test_filter_and_count(self):
+        service = self.service()
+        process = self.command('--event-type', '^identity[.].*[.]created$',
+                               '--count', '3')
+        self.wait_status(process, 'connected')
+        service.ask('emit_real')
+        output = process.communicate(timeout=base.PATIENCE)[0]
+        self.assertEqual(0, process.returncode)
+        self.assertEqual(3, len(re.findall(
+            rb'"identity\.\w+\.created"', output)))
+        self.assertEqual(3, output.count(b'\n'))
+
+    def test_text(self):
+        service = self.service()
+        process = self.command('--text', '--count', '100')
+        self.wait_status(process, 'connected')
+        service.ask('emit_real')
+        output = process.communicate(timeout=base.PATIENCE)[0]
+        lines = output.decode().splitlines()
+        self.assertEqual(100, len(lines))
+        pattern = (r'^20\d\d-\d\d-\d\d \d\d:\d\d:\d\d\.\d+  (INFO|ERROR|WARN)'
+                   r'  [\w.]+  [\w.:@-]+(  \S.*)?$')
+        self.assertEqual([], [line for line in lines
+                              if not re.match(pattern, line)])
+
+    def test_loss_is_pointed_out(self):
+        service = self.service(buffer_size=65536)
+        process = self.command()
+        self.wait_status(process, 'connected')
+        os.kill(process.pid, signal.SIGSTOP)
+        service.ask('emit', count=2000, size=1000)
+        os.kill(process.pid, signal.SIGCONT)
+        client = base.Subscriber(
+            lambda: os.read(process.stdout.fileno(), MIB), 'the command')
+        client.go()
+        client.wait(2000)
+        self.assertEqual((2000, []), (client.total, client.problems))
+        self.assertGreater(client.lost, 0)
+        self.wait_status(process, 'notifications were lost')
+        process.kill()
+        client.join()
+
+    def test_refusal_is_pointed_out(self):
+        self.service(max_subscribers=1)
+        self.subscribe()
+        process = self.command()
+        self.wait_status(process, 'refused: sock_max_subscribers is 1')
+
+    def test_closed_pipe_ends_it_though_nothing_comes(self):
+        service = self.service()
+        process = self.command('--text')
+        self.wait_status(process, 'connected')
+        service.ask('emit', count=1)
+        self.assertTrue(process.stdout.readline())
+        process.stdout.close()
+        self.assertEqual(0, process.wait(base.PATIENCE))
+        self.assertNotIn(b'Traceback', process.stderr.read())
+
+    def test_closed_pipe_ends_it_under_load(self):
+        service = self.service()
+        for _ in range(5):
+            process = self.command()
+            self.wait_status(process, 'connected')
+            service.ask('start')
+            self.assertTrue(process.stdout.readline())
+            process.stdout.close()
+            self.assertEqual(0, process.wait(base.PATIENCE))
+            service.ask('stop')
+            self.assertNotIn(b'Traceback', process.stderr.read())
+
+    def test_interrupt_ends_it(self):
+        self.service()
+        process = self.command()
+        self.wait_status(process, 'connected')
+        process.send_signal(signal.SIGINT)
+        self.assertEqual(130, process.wait(base.PATIENCE))
+        self.assertNotIn(b'Traceback', process.stderr.read())
+
+    def test_output_that_cannot_be_written_is_an_error(self):
+        service = self.service()
+        with open('/dev/full', 'wb') as full:
+            process = self.command(stdout=full)
+        self.wait_status(process, 'connected')
+        service.ask('emit', count=1)
+        self.assertEqual(1, process.wait(base.PATIENCE))
+        error = process.stderr.read()
+        self.assertIn(b'No space left', error)
+        self.assertNotIn(b'Traceback', error)
+
+    def test_console_script(self):
+        script = shutil.which('unix-notifier',
+                              path=os.path.dirname(sys.executable))
+        if script is None:
+            self.skipTest('unix-notifier is not installed')
+        done = subprocess.run([script, 'relative'], capture_output=True)
+        self.assertEqual(2, done.returncode)
+        self.assertIn(b"'relative' is not an absolute path", done.stderr)
+        done = subprocess.run([script, '--help'], capture_output=True)
+        self.assertEqual(0, done.returncode)
+        self.assertIn(b'| jq', done.stdout)
+
+    def test_jq_reads_it(self):
+        if shutil.which('jq') is None:
+            self.skipTest('jq is not installed')
+        service = self.service()
+        client = self.client(
+            ['sh', '-c', '"$@" | jq --unbuffered -c .', 'sh', *COMMAND,
+             self.path])
+        service.wait_log('connected: pid')
+        service.ask('emit', count=100)
+        self.assert_complete(client, 100)

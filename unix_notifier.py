@@ -1965,8 +1965,11 @@ class _RelayHub(_Hub):
             try:
                 self._lead()
                 return
-            except (BlockingIOError, PermissionError) as error:
-                if self._uplink is None:
+            except OSError as error:
+                # In use: by a leader, it may be, that has lost its lock.
+                if self._uplink is None or not (
+                        isinstance(error, (BlockingIOError, PermissionError))
+                        or error.errno == errno.EADDRINUSE):
                     raise       # we lead, if only those who are connected
                 self._follow(error)
         if not self._uplink.greeted:

@@ -410,6 +410,23 @@ class HandoverTest(base.RelayTestCase):
             for _ in range(3):
                 self._emit_all(workers, subscriber)
 
+    def test_lock_removed_and_a_start_before_the_leader_looks(self):
+        """The lock is free, the path is not: there is whom to follow."""
+        leader, = self.start_workers(1)
+        subscriber = self.subscribe()
+        self._emit_all([leader], subscriber)
+        self.stop_worker(leader)
+        os.unlink(self.path + '.lock')
+        newcomer = self.worker()
+        newcomer.ask('emit', count=10)
+        # It has taken the lock, and has given it back.
+        base.wait_until(lambda: os.path.exists(self.path + '.lock'),
+                        'the newcomer has tried to lead')
+        self.wait_idle([newcomer])
+        newcomer.ask('emit', count=10)
+        leader.kill(signal.SIGCONT)
+        self.assert_complete(subscriber, 21)
+
     def test_lock_removed_and_then_a_second_start(self):
         first, = self.start_workers(1)
         workers = [first]

@@ -336,7 +336,8 @@ class TestCase(base.BaseTestCase):
 
     def patch(self, name, value):
         """Set what the module finds under the name."""
-        self.useFixture(fixtures.MonkeyPatch('unix_notifier.' + name, value))
+        self.useFixture(fixtures.MonkeyPatch(
+            unix_notifier.__name__ + '.' + name, value))
 
     def switch_threads_often(self):
         self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
@@ -1407,8 +1408,8 @@ class QueueTest(HubCase):
             hub.drop()
             return encode(notification, mask)
 
-        with fixtures.MonkeyPatch('unix_notifier._encode',
-                                  another_thread_drops):
+        with fixtures.MockPatchObject(unix_notifier, '_encode',
+                                      another_thread_drops):
             self.emit(hub, [140])
         self.pump(hub, client, 142)
         self.assertEqual([76, 2], lost(client.messages))
@@ -2346,8 +2347,9 @@ class ConsumerTestCase(base.BaseTestCase):
     def logged(self, text):
         return self.log.output.count(text)
 
-    def patch_constant(self, name, value):
-        self.useFixture(fixtures.MonkeyPatch('unix_notifier.' + name, value))
+    def patch(self, name, value):
+        self.useFixture(fixtures.MonkeyPatch(
+            unix_notifier.__name__ + '.' + name, value))
 
 
 class LineBufferTest(base.BaseTestCase):
@@ -2489,7 +2491,7 @@ class SubscribeTest(ConsumerTestCase):
         self.assertEqual(0.01, stream._retry.delay)
 
     def test_line_without_end_is_an_error_that_names_path_and_limit(self):
-        self.patch_constant('_LINE_MAX', 1000)
+        self.patch('_LINE_MAX', 1000)
         listener = self.serve()
         stream = self.subscribe()
         service = self.connection(listener)
@@ -2632,7 +2634,7 @@ class ListenerTest(ConsumerTestCase):
         self.assertLess(time.thread_time() - begin, 0.1)
 
     def test_requeued_message_returns_and_nothing_waits_for_it(self):
-        self.patch_constant('_REQUEUE_FIRST', 0.1)
+        self.patch('_REQUEUE_FIRST', 0.1)
         listener = self.listener()
         self.send(0, 1, 2)
         first = listener.poll()[0]
@@ -2644,7 +2646,7 @@ class ListenerTest(ConsumerTestCase):
         self.assertGreaterEqual(time.monotonic() - begin, 0.1)
 
     def test_requeue_in_another_thread_is_heard_of(self):
-        self.patch_constant('_REQUEUE_FIRST', 0.01)
+        self.patch('_REQUEUE_FIRST', 0.01)
         listener = self.listener()
         self.send(0)
         first = listener.poll()[0]
@@ -2721,14 +2723,14 @@ class ListenerTest(ConsumerTestCase):
         self.assertEqual(1, self.logged('refused: full'))
 
     def test_poll_does_not_raise_for_a_line_that_is_too_long(self):
-        self.patch_constant('_LINE_MAX', 1000)
+        self.patch('_LINE_MAX', 1000)
         listener = self.listener()
         self.service.sendall(b'x' * 1001)
         self.assertEqual([], listener.poll())
         self.assertEqual(1, self.logged('more than 1000 bytes'))
 
     def test_poll_does_not_raise_whatever_happens(self):
-        self.patch_constant('_Backoff.MAX', 0)
+        self.patch('_Backoff.MAX', 0)
         listener = self.listener()
         with mock.patch.object(listener._subscription, 'take', autospec=True,
                                side_effect=MemoryError):

@@ -1,0 +1,247 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+
+"""Whatever is appended, sent in part and skipped: the account adds up.
+
+Guards against a line that is cut or sent twice, a loss that is not reported
+or not in its place, and a backlog that outgrows its bound. hypothesis makes
+up the histories, the same ones in each run.
+"""
+
+import json
+
+import hypothesis
+from hypothesis import stateful
+from hypothesis import strategies
+from oslotest import base
+
+import unix_notifier
+
+LIMIT = 4000
+SETTINGS = hypothesis.settings(
+    derandomize=True, max_examples=150, stateful_step_count=40, deadline=None,
+    suppress_health_check=list(hypothesis.HealthCheck))
+
+
+class Socket:
+
+    """Takes as many bytes as it is allowed to."""
+
+    def __init__(self):
+        self.room = 0
+        self.data = bytearray()
+
+    def sendmsg(self, buffers, _ancillary, _flags):
+        if not self.room:
+            raise BlockingIOError
+        data = b''.join(buffers)[:self.room]
+        self.room -= len(data)
+        self.data += data
+        return len(data)
+
+
+def account(lines, number):
+    """The number of the notification after the last of the lines.
+
+    Fails unless each is in its place, or a record stands there for it.
+    """
+    for line in lines:
+        if line.startswith(b'-'):
+            number += int(line[1:].split()[0])
+            continue
+        message = json.loads(line)      # which none that was cut would be
+        if 'payload' in message:
+            number += message['payload']['lost']
+        else:
+            assert message['n'] == number, (message['n'], number)
+            number += 1
+    return number
+
+
+class Machine(stateful.RuleBasedStateMachine):
+
+    """Subscribers of one backlog, each with a socket of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.backlog = unix_notifier._Backlog(LIMIT)
+        self.emitted = 0
+        self.subscribers = {}       # with the number of their first
+
+    @stateful.rule()
+    def join(self):
+        subscriber = unix_notifier._Subscriber(Socket(), self.backlog, '')
+        self.subscribers[subscriber] = self.emitted
+
+    @stateful.rule(sizes=strategies.lists(
+        strategies.integers(0, 1500), min_size=1, max_size=8),
+        chunk=strategies.sampled_from([500, 2000]))
+    def emit(self, sizes, chunk):
+        lines = []
+        for size in sizes:
+            lines.append(json.dumps({'n': self.emitted, 'pad': 'x' * size}
+                                    ).encode() + b'\n')
+            self.emitted += 1
+        before = unix_notifier._CHUNK_MAX
+        unix_notifier._CHUNK_MAX = chunk
+        try:
+            self.backlog.extend(lines)
+        finally:
+            unix_notifier._CHUNK_MAX = before
+
+    @stateful.rule(lost=strategies.integers(1, 1000))
+    def lose(self, lost):
+        self.backlog.append(self.record(lost), 0, lost)
+        self.emitted += lost
+
+    def record(self, lost):
+        return unix_notifier._lost_record(lost, 'queue full')
+
+    @stateful.precondition(lambda self: self.subscribers)
+    @stateful.rule(data=strategies.data(), room=strategies.integers(0, 5000))
+    def send(self, data, room):
+        subscriber = data.draw(strategies.sampled_from(
+            list(self.subscribers)))
+        if subscriber.sock is not None and subscriber.pending():
+            subscriber.sock.room = room
+            subscriber.flush()
+
+    @stateful.rule()
+    def trim(self):
+        for subscriber in self.subscribers:
+            subscriber.trim(self.backlog)
+            chunk = subscriber.chunk
+            assert (self.backlog.behind(chunk) <= LIMIT
+                    or chunk.next.next is None)
+
+    @stateful.invariant()
+    def account_adds_up(self):
+        for subscriber, first in self.subscribers.items():
+            pending = self.backlog.tail.first - subscriber.chunk.first
+            assert (subscriber.lines + subscriber.lost + subscriber.skipped
+                    + pending == self.emitted - first)
+            assert subscriber.received() >= subscriber.lines
+
+    @stateful.invariant()
+    def what_was_sent_is_in_place(self):
+        for subscriber, first in self.subscribers.items():
+            account(self.lines(subscriber), first)
+
+    def lines(self, subscriber):
+        """All whole lines that it has sent."""
+        return subscriber.sock.data.split(b'\n')[:-1]
+
+    def teardown(self):
+        for subscriber, first in self.subscribers.items():
+            self.drain(subscriber)
+            assert account(self.lines(subscriber), first) == self.emitted
+
+    def drain(self, subscriber):
+        while subscriber.pending():
+            subscriber.sock.room = 10 ** 6
+            subscriber.flush()
+
+
+class UplinkMachine(Machine):
+
+    """A follower, whose leaders come and go in the middle of lines."""
+
+    def __init__(self):
+        super().__init__()
+        uplink = unix_notifier._Uplink(self.backlog)
+        self.subscribers[uplink] = 0
+        self.uplink = uplink
+        self.received = []      # whole lines, by the leaders that went
+
+    join = None
+
+    def record(self, lost):
+        return b'-%d queue full\n' % lost
+
+    @stateful.precondition(lambda self: self.uplink.sock is None)
+    @stateful.rule()
+    def follow(self):
+        self.uplink.sock = Socket()
+        self.uplink.greet()
+
+    @stateful.precondition(lambda self: self.uplink.sock is not None)
+    @stateful.rule()
+    def leader_goes(self):
+        self.received += self.uplink.sock.data.split(b'\n')[:-1]
+        self.uplink.disconnect()
+
+    def lines(self, uplink):
+        if uplink.sock is None:
+            return self.received
+        return self.received + uplink.sock.data.split(b'\n')[:-1]
+
+    def drain(self, uplink):
+        """Lead: what is left goes out as chunks of one's own."""
+        if uplink.sock is not None:
+            self.leader_goes()
+        for data, lines, lost in uplink.rest():
+            assert data.count(b'\n') == lines + bool(lost)
+            self.received += data.split(b'\n')[:-1]
+
+
+class ModelTest(base.BaseTestCase):
+
+    def test_subscribers(self):
+        stateful.run_state_machine_as_test(Machine, settings=SETTINGS)
+
+    def test_uplink(self):
+        stateful.run_state_machine_as_test(UplinkMachine, settings=SETTINGS)
+
+
+class LineBufferTest(base.BaseTestCase):
+
+    def test_however_a_stream_is_cut_its_lines_come_out_whole(self):
+        @hypothesis.settings(SETTINGS, max_examples=500)
+        @hypothesis.given(strategies.lists(strategies.binary(max_size=20)))
+        def check(pieces):
+            buffer = unix_notifier._LineBuffer()
+            blocks = [buffer.feed(piece) for piece in pieces]
+            whole, newline, rest = b''.join(pieces).rpartition(b'\n')
+            self.assertEqual(whole + newline, b''.join(blocks))
+            self.assertEqual(rest, b''.join(buffer._parts))
+            buffer.check(len(rest))
+
+        check()
+
+
+class EncodeTest(base.BaseTestCase):
+
+    def test_whatever_is_emitted_is_one_line_of_strict_json(self):
+        plain = (strategies.none() | strategies.booleans()
+                 | strategies.integers() | strategies.floats()
+                 | strategies.text() | strategies.binary(max_size=20)
+                 | strategies.datetimes() | strategies.uuids()
+                 | strategies.complex_numbers())
+        payloads = strategies.recursive(plain, lambda inner: (
+            strategies.lists(inner, max_size=5)
+            | strategies.dictionaries(
+                plain.filter(lambda each: each is not None), inner,
+                max_size=5)), max_leaves=20)
+
+        def refuse(constant):
+            raise AssertionError(constant)
+
+        @hypothesis.settings(SETTINGS, max_examples=500)
+        @hypothesis.given(payloads)
+        def check(payload):
+            line = unix_notifier._encode({'payload': payload})
+            self.assertTrue(line.isascii())
+            self.assertEqual(len(line) - 1, line.index(b'\n'))
+            json.loads(line, parse_constant=refuse)
+
+        check()

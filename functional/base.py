@@ -377,12 +377,13 @@ class Publisher(Controlled):
     """A process that runs publisher.py."""
 
     def __init__(self, directory, options, arguments=(),
-                 program=(PUBLISHER,)):
+                 program=(PUBLISHER,), lines=()):
         self.name = tempfile.mktemp(prefix='p', dir='')
         config_file = os.path.join(directory, self.name + '.conf')
         with open(config_file, 'w') as config:
             config.write(_CONFIG + ''.join(
-                'sock_%s = %s\n' % pair for pair in options.items()))
+                'sock_%s = %s\n' % pair for pair in options.items())
+                + '\n'.join(lines))
         self._log = os.path.join(directory, self.name + '.log')
         with open(self._log, 'wb') as log:
             self.process = subprocess.Popen(
@@ -476,7 +477,8 @@ class FunctionalTestCase(base.BaseTestCase):
         :param options: a dict for each: of the driver, less ``sock_``;
                         ``uid`` and ``umask`` of the process; ``tracebacks``,
                         whether its log may have any; ``program``, what to
-                        run, which acts as publisher.py does
+                        run, which acts as publisher.py does; ``lines``, to
+                        be added to its section of the configuration
         """
         publishers = [self._launch(**each) for each in options]
         for publisher in publishers:
@@ -486,7 +488,7 @@ class FunctionalTestCase(base.BaseTestCase):
         return publishers
 
     def _launch(self, uid=None, umask=None, tracebacks=False,
-                program=(PUBLISHER,), **options):
+                program=(PUBLISHER,), lines=(), **options):
         arguments = []
         if uid is not None:
             self._need_readable_modules()
@@ -495,7 +497,8 @@ class FunctionalTestCase(base.BaseTestCase):
             arguments += ['--umask', '%o' % umask]
         settings = dict(options)
         settings.setdefault('path', self.path)
-        publisher = Publisher(self.directory, settings, arguments, program)
+        publisher = Publisher(self.directory, settings, arguments, program,
+                              lines)
         self.addCleanup(self._finish, publisher, tracebacks)
         return publisher
 

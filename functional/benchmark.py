@@ -57,6 +57,7 @@ import time
 import types
 
 from oslo_config import cfg
+import oslo_messaging
 from oslo_messaging.notify import _impl_log
 
 import unix_notifier
@@ -500,9 +501,100 @@ def workers(bench):
         one / all_ for one, all_ in zip(*costs.values())], '', 1)
 
 
+class Source:
+    """Sends the same bytes to whoever connects, as fast as they are read."""
+
+    def open(self, path, count):
+        self._data = b''.join(json.dumps(each).encode() + b'\n'
+                              for each in cycle(messages(), count))
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(path)
+        self._listener.listen()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self):
+        while True:
+            sock = self._listener.accept()[0]
+            with contextlib.suppress(OSError):
+                sock.sendall(self._data)
+                sock.shutdown(socket.SHUT_WR)
+
+
+class Consumer:
+    """Reads, and times how long it takes."""
+
+    def json(self, _path, count):
+        lines = [json.dumps(each).encode()
+                 for each in cycle(messages(), count)]
+        begin = time.perf_counter()
+        for line in lines:
+            json.loads(line)
+        return time.perf_counter() - begin
+
+    def subscribe(self, path, count):
+        begin = time.perf_counter()
+        found = sum(1 for _ in unix_notifier.subscribe(path, reconnect=False))
+        assert found == count, found
+        return time.perf_counter() - begin
+
+    def unix(self, path, count):
+        """A listener by URL; the bytes are there when it starts."""
+        conf = cfg.ConfigOpts()
+        conf([], default_config_files=[])
+        driver = unix_notifier.UnixTransportDriver(
+            conf, oslo_messaging.TransportURL.parse(conf, 'unix://' + path))
+        return self._listen(
+            oslo_messaging.transport.NotificationTransport(driver), count)
+
+    def fake(self, _path, count):
+        """The same listener; the messages are in memory when it starts."""
+        conf = cfg.ConfigOpts()
+        conf([], default_config_files=[])
+        transport = oslo_messaging.get_notification_transport(conf, 'fake://')
+        target = oslo_messaging.Target(topic='notifications.info')
+        for each in cycle(messages(), count):
+            transport._send_notification(
+                target, {}, dict(each, priority='INFO'), 2.0, 0)
+        return self._listen(transport, count)
+
+    @staticmethod
+    def _listen(transport, count):
+        left, done = itertools.count(count - 1, -1), threading.Event()
+
+        def handle(*_arguments):
+            if not next(left):
+                done.set()
+
+        server = oslo_messaging.get_notification_listener(
+            transport, [oslo_messaging.Target(topic='notifications')],
+            [types.SimpleNamespace(info=handle, error=handle)], 'threading')
+        begin = time.perf_counter()
+        server.start()
+        assert done.wait(PATIENCE * 10)
+        seconds = time.perf_counter() - begin
+        server.stop()
+        server.wait()
+        return seconds
+
+
+def consumers(bench):
+    """A message at a subscriber of ours, as against what it must cost."""
+    source, consumer = bench.remote(Source), bench.remote(Consumer)
+    path, count = bench.path(), 5 * BURST
+    source.open(path, count)
+    costs = collections.defaultdict(list)
+    for number in range(6):
+        progress('round %d of 5' % number)
+        for label in ('json', 'subscribe', 'fake', 'unix'):
+            seconds = getattr(consumer, label)(path, count)
+            costs[label].append(seconds / count * 1e6)
+    return rows({label: each[1:] for label, each in costs.items()},
+                {('subscribe', 'json'): 1.25, ('unix', 'fake'): 1.25})
+
+
 POINTS = {each.__name__: each
           for each in (nobody, one, hundred, stopped, flat_out, idle,
-                       follower, latency, workers)}
+                       follower, latency, workers, consumers)}
 
 
 # -- output -----------------------------------------------------------------

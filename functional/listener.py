@@ -44,14 +44,16 @@ class Endpoint:
         self._requeue = requeue
         self._lock = threading.Lock()
         self.seen = collections.Counter()   # by source and number
+        self.ids = set()
         self.lost = 0
         self.batches = []
 
-    def _count(self, event_type, payload):
+    def _count(self, event_type, payload, metadata):
         with self._lock:
             if event_type == 'notifications.lost':
                 self.lost += payload['lost']
                 return RESULT.HANDLED
+            self.ids.add(metadata['message_id'])
             key = (payload['source'], payload['number'])
             self.seen[key] += 1
             requeue = self.seen[key] <= self._requeue
@@ -59,7 +61,7 @@ class Endpoint:
         return RESULT.REQUEUE if requeue else RESULT.HANDLED
 
     def info(self, ctxt, publisher_id, event_type, payload, metadata):
-        return self._count(event_type, payload)
+        return self._count(event_type, payload, metadata)
 
     audit = debug = warn = error = critical = sample = info
 
@@ -70,7 +72,8 @@ class BatchEndpoint(Endpoint):
         with self._lock:
             self.batches.append(len(messages))
         for each in messages:
-            self._count(each['event_type'], each['payload'])
+            self._count(each['event_type'], each['payload'],
+                        each['metadata'])
 
     audit = debug = warn = error = critical = sample = info
 
@@ -98,7 +101,8 @@ class Service(publisher.Service):
             conf_fixture.transport_url, url = url, None
         transport = oslo_messaging.get_notification_transport(
             self.conf, url=url)
-        targets = [oslo_messaging.Target(topic=topic) for topic in 'ab']
+        targets = [oslo_messaging.Target(topic=topic)
+                   for topic in ('notifications', 'others')]
         if batch is None:
             endpoint = Endpoint(**kwargs)
             server = oslo_messaging.get_notification_listener(
@@ -120,6 +124,10 @@ class Service(publisher.Service):
                 'deliveries': endpoint.seen.total(),
                 'lost': endpoint.lost,
                 'largest': max(endpoint.batches, default=0)}
+
+    def ids(self, number=0):
+        """The message_ids of what a listener was given."""
+        return sorted(self.endpoints[number].ids)
 
     def unlisten(self, number=0):
         """Stop a listener, and wait for what it had handed out.

@@ -1,0 +1,115 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+
+"""A real consumer, ceilometer's notification agent, by configuration alone.
+
+Guards against what a test's own listener does otherwise than a service: it
+forks, listens to 98 pairs of target and priority, in batches, and requeues.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+from testtools import content
+
+import base
+
+_CONFIG = """\
+[DEFAULT]
+use_stderr = true
+pipeline_cfg_file = {directory}/pipeline.yaml
+event_pipeline_cfg_file = {directory}/event_pipeline.yaml
+[notification]
+workers = 1
+messaging_urls = unix://{path}
+"""
+_PIPELINE = """\
+sources: []
+sinks: []
+"""
+_EVENT_PIPELINE = """\
+sources:
+  - name: all
+    events: ["*"]
+    sinks: [file]
+sinks:
+  - name: file
+    publishers: ["file://{directory}/events?json"]
+"""
+
+
+class CeilometerTest(base.FunctionalTestCase):
+
+    # Seconds: it takes long to start.
+    DEFAULT_TIMEOUT = 300
+
+    def setUp(self):
+        super().setUp()
+        for name, text in (('ceilometer.conf', _CONFIG),
+                           ('pipeline.yaml', _PIPELINE),
+                           ('event_pipeline.yaml', _EVENT_PIPELINE)):
+            with open(os.path.join(self.directory, name), 'w') as file:
+                file.write(text.format(directory=self.directory,
+                                       path=self.path))
+        self.log = os.path.join(self.directory, 'log')
+        self._start()
+
+    def _start(self):
+        command = os.path.join(os.path.dirname(sys.executable),
+                               'ceilometer-agent-notification')
+        with open(self.log, 'wb') as log:
+            process = subprocess.Popen(
+                [sys.executable, command, '--config-file',
+                 os.path.join(self.directory, 'ceilometer.conf')],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True)
+        self.addCleanup(base._kill_session, process)
+        self.addOnException(lambda _: self.addDetail(
+            'ceilometer', content.text_content(self._read_log())))
+
+    def _read_log(self):
+        with open(self.log, errors='replace') as log:
+            return log.read()
+
+    def events(self):
+        """The ids of the events in ceilometer's output."""
+        try:
+            with open(os.path.join(self.directory, 'events')) as lines:
+                return [json.loads(line)['message_id'] for line in lines]
+        except FileNotFoundError:
+            return []
+
+    def feed(self, publisher):
+        """Have all real notifications published; the ids that they got."""
+        subscriber = self.subscribe()
+        publisher.ask('emit_real')
+        subscriber.wait(100)
+        return [each['message_id'] for each in subscriber.messages]
+
+    def test_events_are_those_that_were_published(self):
+        fed = []
+        for _ in range(3):
+            publisher = self.publisher()
+            # From its worker, beside which there is nobody yet.
+            publisher.wait_log('connected: pid', timeout=60)
+            fed += self.feed(publisher)
+            base.wait_until(lambda: len(self.events()) >= len(fed),
+                            lambda: '%d events, not %d' % (
+                                len(fed), len(self.events())), 60)
+            publisher.kill()
+            publisher.wait_exit()
+        self.assertEqual(300, len(set(fed)))
+        self.assertEqual(sorted(fed), sorted(self.events()))
+        self.assertNotIn('Traceback', self._read_log())

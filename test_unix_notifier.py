@@ -26,6 +26,7 @@ import decimal
 import errno
 import fcntl
 import functools
+import gc
 import glob
 import grp
 import io
@@ -433,6 +434,13 @@ class EncodeTest(TestCase):
         payload = {'text': 'two\nlines\r\u2028\u00e9 \U0001f600 "\\'}
         found = parse(unix_notifier._encode(message(payload)))
         self.assertEqual((payload, KEYS), (found['payload'], list(found)))
+
+    def test_what_other_drivers_add_to_the_message_is_not_sent(self):
+        shared = dict(message({'a': 1}), _unique_id='x',
+                      _context_auth_token='secret')
+        self.assertEqual(unix_notifier._encode(message({'a': 1})),
+                         unix_notifier._encode(shared))
+        self.assertIn('_unique_id', shared)
 
     def test_real_notifications_print_as_the_log_driver_does(self):
         with open(os.path.join(HERE, 'functional', 'notifications.ndjson'),
@@ -2311,6 +2319,8 @@ class ConsumerTestCase(base.BaseTestCase):
 
     def setUp(self):
         super().setUp()
+        # Else descriptors would go at another test's time.
+        self.addCleanup(gc.collect)
         self.directory = self.useFixture(fixtures.TempDir()).path
         self.path = os.path.join(self.directory, 's')
         self.log = self.useFixture(fixtures.FakeLogger(level=logging.INFO))

@@ -225,8 +225,16 @@ def _scrub_key(key):
     return plain if _is_plain(plain) else _repr(key)
 
 
+# What the Notifier puts into a message, and no more goes out.
+_KEYS = ('message_id', 'publisher_id', 'event_type', 'priority', 'payload',
+         'timestamp')
+
+
 def _encode(message, mask=False):
     """Serialize a notification to one line of ASCII, LF included.
+
+    All drivers share the message, and messagingv2, if it comes first, adds
+    the request context, tokens included: see _KEYS.
 
     :param message: a notification as the Notifier builds it
     :type message: dict
@@ -235,6 +243,8 @@ def _encode(message, mask=False):
     :returns: the line; it is valid JSON (RFC 8259) whatever the payload
     :rtype: bytes
     """
+    if len(message) > len(_KEYS):
+        message = {key: message[key] for key in _KEYS if key in message}
     try:
         plain = strutils.mask_dict_password(message) if mask else message
         return _ENCODER.encode(plain).encode('ascii') + b'\n'

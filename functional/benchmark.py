@@ -60,6 +60,7 @@ from oslo_config import cfg
 import oslo_messaging
 from oslo_messaging.notify import _impl_log
 
+import peers
 import unix_notifier
 
 BURST = 2000            # calls
@@ -307,6 +308,14 @@ class Bench(contextlib.ExitStack):
 
     def path(self):
         return os.path.join(self._directory, str(next(self._numbers)))
+
+    def apart(self):
+        """Another, whose processes are gone sooner."""
+        return Bench(self._rounds)
+
+    @staticmethod
+    def progress(text):
+        progress(text)
 
     def remote(self, cls):
         return self.enter_context(contextlib.closing(Remote(cls)))
@@ -594,7 +603,8 @@ def consumers(bench):
 
 POINTS = {each.__name__: each
           for each in (nobody, one, hundred, stopped, flat_out, idle,
-                       follower, latency, workers, consumers)}
+                       follower, latency, workers, consumers,
+                       *peers.POINTS)}
 
 
 # -- output -----------------------------------------------------------------
@@ -612,7 +622,7 @@ def finish(point, row):
 
 
 def table(rows):
-    line = '%-8s  %-25s  %-11s  %-17s  %-6s  %s'
+    line = '%-10s  %-25s  %-24s  %-17s  %-8s  %s'
     yield line % ('point', 'what', 'median', 'lowest - highest', 'target',
                   'verdict')
     for row in rows:
@@ -629,7 +639,7 @@ def measure(names, rounds):
         print('%s: %s' % (name, POINTS[name].__doc__), file=sys.stderr)
         with Bench(rounds) as bench:
             for row in POINTS[name](bench):
-                yield finish(name, row)
+                yield finish(name, Row(*row))
         progress('')
 
 
@@ -642,17 +652,22 @@ def main():
                         help='of bursts; the default is %(default)s')
     parser.add_argument('--json', action='store_true',
                         help='print one JSON object for each row')
+    parser.add_argument('--chart', metavar='FILE',
+                        help='draw the comparison with peers, as SVG')
     arguments = parser.parse_args()
-    done = measure(arguments.only or POINTS, arguments.rounds)
-    if arguments.json:
-        for row in done:
+    done = []
+    for row in measure(arguments.only or POINTS, arguments.rounds):
+        done.append(row)
+        if arguments.json:
             print(json.dumps(row), flush=True)
-        return
-    lines = list(table(done))
-    print('Python %s, %d cores, Linux %s; load %.1f' % (
+    machine = 'Python %s, %d cores, Linux %s; load %.1f' % (
         platform.python_version(), os.cpu_count(), platform.release(),
-        os.getloadavg()[0]))
-    print('\n'.join(lines))
+        os.getloadavg()[0])
+    if arguments.chart:
+        peers.chart(arguments.chart, done, machine)
+    if not arguments.json:
+        print(machine)
+        print('\n'.join(table(done)))
 
 
 if __name__ == '__main__':

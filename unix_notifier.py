@@ -2892,11 +2892,14 @@ def main(argv=None):
         return 0
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
+    except ValueError as error:
+        LOG.error(error)
+        return 1
+    except OSError as error:
         # What is left in the buffer would fail once more, at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (OSError, ValueError) as error:
+        if isinstance(error, BrokenPipeError):
+            return 0
         LOG.error(error)
         return 1
 

@@ -121,6 +121,10 @@ def cpu_seconds(pid):
 
 # -- subscribers ------------------------------------------------------------
 
+def _no_json(constant):
+    raise ValueError('%s is not JSON' % constant)   # but Python takes it
+
+
 class Account:
 
     """Checks the lines of a stream, and keeps count of them.
@@ -168,7 +172,7 @@ class Account:
                 self.problems.append('%r: %.200r' % (error, line))
 
     def _take(self, line):
-        message = json.loads(line.decode('ascii'))
+        message = json.loads(line.decode('ascii'), parse_constant=_no_json)
         if set(message) != self.KEYS:
             raise ValueError('wrong keys')
         if message['message_id'] in self._ids:
@@ -445,6 +449,31 @@ class Child(Controlled):
         self._sock.close()
 
 
+def fork(directory, parent, how, command='fork', **arguments):
+    """Have a publisher fork; see there. Returns the child.
+
+    :param directory: where to put the socket by which it is told what to do
+    """
+    control = os.path.join(directory, 'control')
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.settimeout(PATIENCE)
+        listener.bind(control)
+        listener.listen(1)
+        pid = parent.ask(command, how=how, control=control, **arguments)
+        child = Child(pid, listener.accept()[0])
+    os.unlink(control)
+    return child
+
+
+def leader_pid(path):
+    """The pid of the process that was the last to lead."""
+    try:
+        with open(path + '.lock') as lock:
+            return json.load(lock)['pid']
+    except (OSError, ValueError):
+        return None     # nobody yet, or it is being written
+
+
 class FunctionalTestCase(base.BaseTestCase):
 
     """Gives each test a directory, publishers and subscribers."""
@@ -520,14 +549,7 @@ class FunctionalTestCase(base.BaseTestCase):
 
     def fork(self, parent, how, command='fork', **arguments):
         """Have a publisher fork; see there. Returns the child."""
-        control = os.path.join(self.directory, 'control')
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.settimeout(PATIENCE)
-            listener.bind(control)
-            listener.listen(1)
-            pid = parent.ask(command, how=how, control=control, **arguments)
-            child = Child(pid, listener.accept()[0])
-        os.unlink(control)
+        child = fork(self.directory, parent, how, command, **arguments)
         self.addCleanup(child.close)
         return child
 
@@ -600,11 +622,7 @@ class RelayTestCase(FunctionalTestCase):
 
     def leader_pid(self):
         """The pid of the process that was the last to lead."""
-        try:
-            with open(self.path + '.lock') as lock:
-                return json.load(lock)['pid']
-        except (OSError, ValueError):
-            return None     # nobody yet, or it is being written
+        return leader_pid(self.path)
 
     def wait_leader(self, workers):
         """Wait until one of the workers leads, and return that one."""

@@ -1,0 +1,221 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""publisher.py for soak.py: its threads go on for long, and are accounted for.
+
+What a thread has emitted stands in a file that all processes have mapped, so
+that it is known at any time, even of a process that was killed, and so that
+all can be paused at once. There, each number takes eight bytes: first RUN,
+MARK and RUSH, then a slot for each thread there ever was. No slot is used
+again.
+"""
+
+import contextlib
+import datetime
+import logging
+import mmap
+import multiprocessing
+import os
+import random
+import threading
+import time
+
+import publisher
+
+# Whether the threads emit, and a number: once it is changed, a thread that
+# does not emit any more emits one last notification, and acknowledges it. Once
+# the third is changed, each emits many without a pause.
+RUN, MARK, RUSH = 0, 1, 2
+MANY = 150
+# A slot, of which the first is number 1: the number of the notification that
+# was begun last, of the one that was done last, and what is acknowledged.
+BEGAN, DONE, ACK, SLOT = 0, 1, 2, 4
+SLOTS = 16384
+SIZE = (SLOTS + 1) * SLOT * 8
+
+# Seconds. A call that takes longer is looked into.
+SLOW = 0.05
+# How often, and with how much more delay than that, the control is late.
+TICK = 0.01
+LATE = 0.005
+
+
+def counters(file):
+    """The numbers in the file."""
+    return memoryview(mmap.mmap(file.fileno(), SIZE)).cast('Q')
+
+
+class _Clock:
+
+    """How long a thread of ours could not go on, though the CPU was free.
+
+    That is the time in which it neither ran nor was ready to run, which the
+    kernel tells. It waited, then: for a lock, for a file, or for the GIL.
+    """
+
+    def __init__(self):
+        self._fd = os.open('/proc/thread-self/schedstat', os.O_RDONLY)
+
+    def now(self):
+        """The time, and how much of it was spent running or ready to."""
+        run, ready, _ = os.pread(self._fd, 100, 0).split()
+        return time.monotonic(), (int(run) + int(ready)) / 1e9
+
+    def since(self, before):
+        """Since when, until when, and how long of that the thread waited."""
+        now = self.now()
+        return (before[0], now[0],
+                now[0] - before[0] - (now[1] - before[1]))
+
+    def close(self):
+        os.close(self._fd)
+
+
+class Service(publisher.Service):
+
+    """More commands, for threads that emit on and on."""
+
+    def __init__(self, config_file):
+        super().__init__(config_file)
+        self.pid = None
+        self.shared = None
+        for handler in logging.getLogger().handlers:
+            # One log for all: it must tell them apart.
+            handler.setFormatter(logging.Formatter(
+                '%(levelname)s %(name)s %(process)d %(asctime)s.%(msecs)03d '
+                '%(message)s', '%H:%M:%S'))
+
+    def attach(self, path):
+        """Map the numbers; children have them as well."""
+        with open(path, 'r+b') as file:
+            self.shared = counters(file)
+
+    def _here(self):
+        """Put away what a child has of its parent's."""
+        if self.pid != os.getpid():
+            self.pid = os.getpid()
+            self.background = []
+            self.stopping = threading.Event()
+            self.slow = []      # calls, as _Clock.since() puts it
+            self.late = []      # of a thread that only sleeps, likewise
+            threading.Thread(target=self._control, daemon=True).start()
+
+    def _control(self):
+        """Note when a thread that wants nothing but the GIL had to wait."""
+        clock = _Clock()
+        while True:
+            before = clock.now()
+            time.sleep(TICK)
+            begin, end, waited = clock.since(before)
+            if waited > TICK + LATE:
+                self.late.append((begin, end, waited - TICK))
+
+    def run(self, slots, pause):
+        """Have a thread for each slot emit, until ``halt``."""
+        self._here()
+        for slot in slots:
+            thread = threading.Thread(
+                target=self._run, args=(slot, pause), daemon=True)
+            thread.start()
+            self.background.append(thread)
+
+    def halt(self):
+        """End all that ``run`` has started."""
+        self._here()
+        self.stopping.set()
+        for thread in self.background:
+            thread.join()
+
+    def burst(self, slot, count):
+        """Emit some, and no more."""
+        self._here()
+        clock, choose = _Clock(), random.Random(slot)
+        for _ in range(count):
+            self._emit_one(slot, clock, choose)
+        clock.close()
+
+    def _run(self, slot, pause):
+        clock, choose = _Clock(), random.Random(slot)
+        rush = self.shared[RUSH]
+        while not self.stopping.is_set():
+            if self.shared[RUN]:
+                for _ in range(1 if rush == self.shared[RUSH] else MANY):
+                    self._emit_one(slot, clock, choose)
+                rush = self.shared[RUSH]
+                time.sleep(choose.uniform(0, 2 * pause))
+            elif self.shared[slot * SLOT + ACK] != self.shared[MARK]:
+                mark = self.shared[MARK]
+                self._emit_one(slot, clock, choose)
+                self.shared[slot * SLOT + ACK] = mark
+            else:
+                time.sleep(TICK)
+        clock.close()
+
+    def _emit_one(self, slot, clock, choose):
+        number = self.shared[slot * SLOT + BEGAN] + 1
+        method = getattr(
+            self.notifier,
+            publisher.PRIORITIES[number % len(publisher.PRIORITIES)])
+        payload = {'source': '%d' % slot, 'number': number,
+                   'odd': self._odd(choose), 'pad': self._pad(choose)}
+        self.shared[slot * SLOT + BEGAN] = number
+        before = clock.now()
+        method({}, 'soak.event', payload)
+        begin, end, waited = clock.since(before)
+        self.shared[slot * SLOT + DONE] = number
+        if end - begin > SLOW:
+            self.slow.append((begin, end, waited))
+
+    @staticmethod
+    def _pad(choose):
+        """Mostly a little; at times more than the kernel takes at once."""
+        return 'x' * int(10 ** choose.uniform(0, 3) if choose.random() < 0.998
+                         else 10 ** choose.uniform(4.5, 5.5))
+
+    @staticmethod
+    def _odd(choose):
+        """What makes trouble when it is serialized, or read."""
+        return choose.choice((
+            None, 'two\nlines\r\u2028\0\U0001f600', float('nan'),
+            datetime.datetime(2020, 2, 2), {'-': [b'-0 look\n', ()]},
+            {1: -0.0, None: object}))
+
+    def reap(self, pid):
+        """Wait for a child of ours, and have multiprocessing forget it.
+
+        Else it would want to join it in children that os.fork() has made.
+        """
+        for child in multiprocessing.active_children():
+            if child.pid == pid:
+                child.join()
+        with contextlib.suppress(ChildProcessError):
+            return super().reap(pid)
+
+    def watched(self):
+        """Seconds that calls were blocked, less what others were, too.
+
+        :returns: of each that took long: since when, until when, how long
+                  the thread waited, how long of that the control did not
+        """
+        self._here()
+        slow, self.slow = self.slow, []
+        if slow:
+            time.sleep(2 * TICK)    # the control, too, has to be back
+        late = list(self.late)
+        del self.late[:-100]
+        return [(begin, end, waited, waited - sum(
+            each[2] for each in late if each[0] < end and each[1] > begin))
+            for begin, end, waited in slow]
+
+
+if __name__ == '__main__':
+    publisher.main(Service)

@@ -1,0 +1,142 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""A short run of soak.py, and whether its books would tell.
+
+Guards against a soak that does not run any more, or one that finds nothing
+because it has forgotten how to: it would be noticed by nobody else.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import uuid
+
+from oslotest import base as test_base
+from testtools import content
+
+import base
+import soak
+
+SOAK = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'soak.py')
+
+
+class SoakTest(test_base.BaseTestCase):
+
+    DEFAULT_TIMEOUT = 90
+
+    def test_smoke(self):
+        """One settlement of each kind, and the one at the start."""
+        done = subprocess.run(
+            [sys.executable, SOAK, '--seconds', '1', '--seed', '1'],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            timeout=80)
+        self.addDetail('output', content.text_content(done.stdout))
+        self.assertEqual(0, done.returncode)
+        self.assertEqual(3, done.stdout.count('settled:'))
+
+
+class LedgerTest(test_base.BaseTestCase):
+
+    """A connection that two threads emitted ten for each, from 1 on."""
+
+    def setUp(self):
+        super().setUp()
+        self.ledger = soak.Ledger('reader')
+        self.ledger.begin([0, 0, 0], [0, 0, 0])
+
+    def _feed(self, *entries):
+        """Each is a thread and a number, or how many were lost."""
+        for entry in entries:
+            lost = not isinstance(entry, tuple)
+            message = dict.fromkeys(base.Account.KEYS)
+            message['message_id'] = str(uuid.uuid4())
+            message['event_type'] = 'notifications.lost' if lost else 'event'
+            message['payload'] = (
+                {'lost': entry, 'reason': 'test'} if lost else
+                {'source': str(entry[0]), 'number': entry[1], 'pad': ''})
+            self.ledger.feed(json.dumps(message).encode('ascii') + b'\n')
+
+    def _numbers(self, slot, first, last):
+        return [(slot, number) for number in range(first, last + 1)]
+
+    def _check(self, cut=()):
+        self.assertEqual([], self.ledger.problems)
+        self.ledger.check([0, 10, 10], set(cut))
+
+    def _assert_wrong(self):
+        self.assertRaises(soak.Violation, self._check)
+
+    def test_all(self):
+        self._feed(*self._numbers(1, 1, 10), *self._numbers(2, 1, 10))
+        self._check()
+
+    def test_none(self):
+        self._assert_wrong()
+
+    def test_lost_in_silence_at_the_end(self):
+        self._feed(*self._numbers(1, 1, 10), *self._numbers(2, 1, 9))
+        self._assert_wrong()
+
+    def test_lost_in_silence_in_between(self):
+        self._feed((1, 1), (1, 3))
+        self.assertEqual(1, len(self.ledger.problems))
+
+    def test_lost_and_reported(self):
+        self._feed(*self._numbers(1, 1, 3), (2, 1), 8,
+                   *self._numbers(1, 7, 10), *self._numbers(2, 7, 10))
+        self._check()
+
+    def test_too_few_or_too_many_reported(self):
+        for lost in (7, 9):
+            self.ledger = soak.Ledger('reader')
+            self.ledger.begin([0, 0, 0], [0, 0, 0])
+            self._feed(*self._numbers(1, 1, 10), (2, 1), (2, 2), lost)
+            self._assert_wrong()
+
+    def test_twice(self):
+        self._feed((1, 1), (1, 1))
+        self.assertEqual(1, len(self.ledger.problems))
+
+    def test_twice_by_two_connections(self):
+        self._feed((1, 1), (1, 2))
+        self.ledger = soak.Ledger('reader', self.ledger.last)
+        self._feed((1, 2))
+        self.assertEqual(1, len(self.ledger.problems))
+
+    def test_never_emitted(self):
+        self._feed(*self._numbers(1, 1, 11), *self._numbers(2, 1, 10))
+        self._assert_wrong()
+
+    def test_on_its_way_at_connect(self):
+        """It may come, or be lost, or not."""
+        owed = self._numbers(1, 6, 10)
+        for entries in (owed, [(1, 5), *owed], [(1, 2), 2, (1, 5), *owed],
+                        [5, *owed]):
+            self.ledger = soak.Ledger('reader')
+            self.ledger.begin([0, 0, 10], [0, 5, 10])
+            self._feed(*entries)
+            self._check()
+
+    def test_cut_off_by_its_end(self):
+        """What comes after the last is not owed; what is before is."""
+        self._feed(*self._numbers(1, 1, 10), *self._numbers(2, 1, 4))
+        self._check(cut=[2])
+        self._assert_wrong()
+
+    def test_begun_anew(self):
+        self._feed(*self._numbers(1, 1, 5), 5, *self._numbers(2, 6, 10))
+        self.ledger.begin([0, 5, 10], [0, 5, 10])
+        self._assert_wrong()
+        self._feed(*self._numbers(1, 6, 10))
+        self._check()

@@ -2218,11 +2218,22 @@ class _RelayHub(_Hub):
 
     def _resign(self):
         self._leave_relay()
+        # What followers have handed on is for those who are still here. It
+        # must not go on to the new leader: the followers may get there before
+        # us, with what they emitted later. There, it is lost.
+        lost, handed, self._handed = 0, self._handed, []
+        for chunk in handed:
+            self._backlog.append(*chunk)
+            lost += chunk[1] + chunk[2]
+        self._flush()
         super()._resign()
         self._presence = None
         self._keep = True
         self._uplink = _Uplink(self._backlog)
         self._subscribers[self._uplink] = None
+        if lost:
+            self._backlog.append(self._gap_line(lost, 'leader replaced'),
+                                 0, lost)
 
     def _leave_relay(self):
         self._cut_off_followers()

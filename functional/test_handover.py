@@ -410,6 +410,33 @@ class HandoverTest(base.RelayTestCase):
             for _ in range(3):
                 self._emit_all(workers, subscriber)
 
+    def test_leader_replaced_while_followers_emit(self):
+        """What it has taken in does not come after what came later."""
+        leader, follower = self.start_workers(2)
+        before = self.subscribe()
+        self._emit_all([leader, follower], before)
+        follower.ask('start', pause=0.001)
+        for _ in range(5):
+            self.stop_worker(leader)
+            for suffix in ('.lock', '.relay', ''):
+                os.unlink(self.path + suffix)
+            other = self.worker()
+            self.wait_leader([other])
+            after = self.subscribe()
+            # When it is due to look after the path, as it goes on.
+            self.assert_never(before.ended.is_set, 'ended', 1)
+            leader.kill(signal.SIGCONT)
+            before.wait_end()
+            source = '%d/1' % follower.pid
+            self._wait_sources(after, {source})
+            last = self._numbers(before)[source][-1]
+            first = self._numbers(after)[source][0]
+            self.assertEqual(last + 1, first)
+            base.wait_until(lambda: after.reasons, 'the loss is told')
+            self.assertEqual(['leader replaced'], after.reasons)
+            leader, before = other, after
+        follower.ask('stop')
+
     def test_lock_removed_and_a_start_before_the_leader_looks(self):
         """The lock is free, the path is not: there is whom to follow."""
         leader, = self.start_workers(1)

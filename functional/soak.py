@@ -504,6 +504,10 @@ class Soak:
         if how == 'handled':
             child.ask('handle_sigterm')
             child.kill(signal.SIGTERM)
+            # Python may have looked for signals, and not be reading yet: then
+            # only a command lets it look again.
+            with contextlib.suppress(OSError):
+                child.tell('emitted')
         elif how.startswith('SIG'):
             child.kill(getattr(signal, how))
         else:

@@ -133,6 +133,8 @@ def wait_until(predicate):
 
 
 def open_files():
+    # Else what earlier tests have left might go between two looks.
+    gc.collect()
     return set(os.listdir('/proc/self/fd'))
 
 
@@ -2319,8 +2321,6 @@ class ConsumerTestCase(base.BaseTestCase):
 
     def setUp(self):
         super().setUp()
-        # Else descriptors would go at another test's time.
-        self.addCleanup(gc.collect)
         self.directory = self.useFixture(fixtures.TempDir()).path
         self.path = os.path.join(self.directory, 's')
         self.log = self.useFixture(fixtures.FakeLogger(level=logging.INFO))

@@ -2797,86 +2797,69 @@ class UnixTransportDriver(_base.BaseDriver):
 # -- the command line -------------------------------------------------------
 
 _EPILOG = """
-Prints each notification as one line of JSON, at once; what happens to the
-connection, and losses, go to standard error. It waits for the service, and
-comes back after it has restarted.
-
   unix-notifier /run/nova/notifications.sock | jq .payload
   unix-notifier --text --event-type '^compute[.]' /run/nova/notifications.sock
 
-Exit status: 0 after --count notifications, or when nobody reads the output
-any more; 1 if it cannot write, or for a line of more than 64 MiB; 2 for
-wrong arguments; 130 after Ctrl-C.
-"""
+What happens to the connection, and losses, go to standard error. Exit status:
+0 after --count notifications, or when nobody reads the output any more; 1 if
+it cannot write, or for a line of more than 64 MiB; 2 for wrong arguments; 130
+after Ctrl-C."""
 
 # Where services put the id of the request, or else of the resource.
 _ID_KEYS = ('request_id', 'resource_info', 'resource_id', 'instance_id',
             'image_id', 'uuid', 'id')
 
 
-def _printable(value):
-    """Text that stays on its line and cannot drive a terminal."""
-    return ''.join(each if each.isprintable() else ascii(each)[1:-1]
-                   for each in str(value))
-
-
 def _text(message):
     """One readable line: when, how grave, what, from whom, about which."""
     payload = message.get('payload')
     inner = payload if isinstance(payload, dict) else {}
-    for key in inner:
-        if key.endswith('_object.data') and isinstance(inner[key], dict):
-            inner = inner[key]      # a versioned object
-            break
-    ids = [inner[key] for key in _ID_KEYS if isinstance(inner.get(key), str)]
-    if message.get('event_type') in (_LOST, _REFUSED):
-        ids = [json.dumps(payload)]
+    inner = next((inner[key] for key in inner if key.endswith('_object.data')
+                  and isinstance(inner[key], dict)), inner)
     fields = [message.get(key) for key in (
         'timestamp', 'priority', 'event_type', 'publisher_id')]
-    return '  '.join(_printable(each) for each in fields + ids[:1])
+    if message.get('event_type') in (_LOST, _REFUSED):
+        ids = [json.dumps(payload)]
+    else:
+        ids = [inner[key] for key in _ID_KEYS
+               if isinstance(inner.get(key), str)][:1]
+    # On its line, and harmless to a terminal, whatever was emitted.
+    return ''.join(each if each.isprintable() else ascii(each)[1:-1]
+                   for each in '  '.join(map(str, fields + ids)))
 
 
 def _arguments(argv):
     parser = argparse.ArgumentParser(
         prog='unix-notifier', epilog=_EPILOG,
-        description='Follow the notifications of a service.',
+        description='Print the notifications of a service, as lines of JSON.'
+                    '\nWaits for the service, and comes back to it.',
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('path', type=_argument(_parse_path), metavar='PATH',
-                        help='the socket, as in sock_path')
-    parser.add_argument('--event-type', type=_argument(re.compile),
-                        metavar='REGEX', default=re.compile(''),
+    parser.add_argument('path', metavar='PATH', help='as in sock_path')
+    parser.add_argument('--event-type', metavar='REGEX', default='',
                         help='only event types in which REGEX is found')
-    parser.add_argument('--count', type=_argument(
-        lambda text: _at_least(1)(int(text))), metavar='N', help='end after N')
-    parser.add_argument('--text', action='store_true',
-                        help='a readable line instead of JSON: time, '
-                             'priority, event type, publisher, and the id of '
-                             'the request or the resource')
-    return parser.parse_args(argv)
-
-
-def _argument(parse):
-    """Have argparse print what is wrong with a value."""
-    def check(text):
-        try:
-            return parse(text)
-        except (ValueError, re.error) as error:
-            raise argparse.ArgumentTypeError(error)
-    return check
+    parser.add_argument('--count', metavar='N', type=int, default=math.inf,
+                        help='end after N notifications')
+    parser.add_argument('--text', action='store_true', help='print time, '
+                        'priority, event type, publisher, and an id')
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.path = _parse_path(arguments.path)
+        arguments.event_type = re.compile(arguments.event_type)
+        arguments.count = _at_least(1)(arguments.count)
+    except (ValueError, re.error) as error:
+        parser.error(error)
+    return arguments
 
 
 def _print(stream, arguments):
-    left = arguments.count or math.inf
     for message in stream:
-        if not arguments.event_type.search(str(message.get('event_type'))):
-            continue
-        line = (_text(message).encode(errors='backslashreplace')
-                if arguments.text else stream.line)
-        sys.stdout.buffer.write(line + b'\n')
-        sys.stdout.buffer.flush()
-        left -= 1
-        if not left:
-            break
+        if arguments.event_type.search(str(message.get('event_type'))):
+            line = _text(message).encode() if arguments.text else stream.line
+            sys.stdout.buffer.write(line + b'\n')
+            sys.stdout.buffer.flush()
+            arguments.count -= 1
+            if not arguments.count:
+                break
 
 
 def _close_unread(stream):
@@ -2888,10 +2871,7 @@ def _close_unread(stream):
 
 
 def main(argv=None):
-    """Follow a socket: see ``--help``.
-
-    :returns: the exit status
-    """
+    """Follow a socket: see ``--help``. Returns the exit status."""
     arguments = _arguments(argv)
     LOG.addHandler(logging.StreamHandler())
     LOG.setLevel(logging.INFO)
@@ -2900,19 +2880,15 @@ def main(argv=None):
             threading.Thread(target=_close_unread, args=(stream,),
                              daemon=True).start()
             _print(stream, arguments)
-        return 0
     except KeyboardInterrupt:
         return 130
-    except ValueError as error:
-        LOG.error(error)
-        return 1
-    except OSError as error:
+    except (OSError, ValueError) as error:
         # What is left in the buffer would fail once more, at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            return 0
-        LOG.error(error)
-        return 1
+        if not isinstance(error, BrokenPipeError):
+            LOG.error(error)
+            return 1
+    return 0
 
 
 if __name__ == '__main__':

@@ -63,8 +63,11 @@ file, and to leave in good order weakens nothing.
 
 A call of notify() that takes longer than SLOW is looked into. The time that
 the thread neither ran nor was ready to run, as the kernel tells, is what it
-waited. So did, within the same time, a thread of the same process that wants
-nothing but the GIL. If the difference is more than SLOW, it was blocked.
+waited. While it waited for the GIL another thread of the process had that,
+and ran or was ready to run. Less the time that others did, and the time that
+the process was stopped, or a thread that looks after all this every 10 ms
+was late, it must not have waited for more than SLOW. What the machine is
+short of weakens the check, and should not break it.
 """
 
 import argparse
@@ -334,7 +337,7 @@ class Reader:
         self.let_end()
         self.kill()
         self.reading.set()
-        if not self.by_program:
+        if self.sock is not None and not self.by_program:
             with contextlib.suppress(OSError):
                 self.sock.shutdown(socket.SHUT_RDWR)
         self.thread.join(base.PATIENCE)
@@ -353,6 +356,7 @@ class Process:
         self.parent = parent    # None: the one that only forks
         self.slots = []         # of threads that emit without end
         self.stopped = False
+        self.stops = []         # [from, to]
         self.gone = False
         self.memory = None      # at its first settlement
         self.descriptors = 1000     # the limit
@@ -465,6 +469,7 @@ class Soak:
 
     def stop(self, process, actions):
         process.stopped = True
+        process.stops.append([time.monotonic(), None])
         process.child.kill(signal.SIGSTOP)
         base.wait_until(
             lambda: base.status(process.pid)['State'].startswith('T'),
@@ -476,6 +481,7 @@ class Soak:
         if process.stopped and not process.gone:
             self.tell('  goes on: %s', process)
             process.child.kill(signal.SIGCONT)
+            process.stops[-1][1] = time.monotonic()
         process.stopped = False
 
     def end(self, process, how, slots=()):
@@ -620,7 +626,7 @@ class Soak:
 
     def do_half_close(self, choose):
         reader = choose.choice(self.readers)
-        if not reader.by_program:
+        if reader.ledger is not None and not reader.by_program:
             reader.half_close()
             return reader
 
@@ -920,6 +926,8 @@ class Soak:
         for begin, end, waited, blocked in process.child.ask('watched'):
             self.slowest = max(self.slowest, end - begin)
             self.done['calls of more than 50 ms'] += 1
+            blocked -= sum(max(0, min(end, stop[1]) - max(begin, stop[0]))
+                           for stop in process.stops)
             if blocked > shared.SLOW:
                 raise Violation(
                     '%s was blocked for %.3f s of %.3f s (it waited for '

@@ -19,8 +19,10 @@ MARK and RUSH, then a slot for each thread there ever was. No slot is used
 again.
 """
 
+import collections
 import contextlib
 import datetime
+import itertools
 import logging
 import mmap
 import multiprocessing
@@ -44,9 +46,10 @@ SIZE = (SLOTS + 1) * SLOT * 8
 
 # Seconds. A call that takes longer is looked into.
 SLOW = 0.05
-# How often, and with how much more delay than that, the control is late.
+# How often the threads of a process are looked at, and for how long that is
+# remembered: until the next settlement, even if that takes its time.
 TICK = 0.01
-LATE = 0.005
+MEMORY = 60
 
 
 def counters(file):
@@ -54,13 +57,16 @@ def counters(file):
     return memoryview(mmap.mmap(file.fileno(), SIZE)).cast('Q')
 
 
+def _busy(thread):
+    """Seconds that a thread has run, or was ready to run."""
+    with open('/proc/self/task/%s/schedstat' % thread) as file:
+        run, ready, _ = file.read().split()
+    return (int(run) + int(ready)) / 1e9
+
+
 class _Clock:
 
-    """How long a thread of ours could not go on, though the CPU was free.
-
-    That is the time in which it neither ran nor was ready to run, which the
-    kernel tells. It waited, then: for a lock, for a file, or for the GIL.
-    """
+    """How long this thread neither ran nor was ready to: it waited."""
 
     def __init__(self):
         self._fd = os.open('/proc/thread-self/schedstat', os.O_RDONLY)
@@ -69,12 +75,6 @@ class _Clock:
         """The time, and how much of it was spent running or ready to."""
         run, ready, _ = os.pread(self._fd, 100, 0).split()
         return time.monotonic(), (int(run) + int(ready)) / 1e9
-
-    def since(self, before):
-        """Since when, until when, and how long of that the thread waited."""
-        now = self.now()
-        return (before[0], now[0],
-                now[0] - before[0] - (now[1] - before[1]))
 
     def close(self):
         os.close(self._fd)
@@ -105,19 +105,19 @@ class Service(publisher.Service):
             self.pid = os.getpid()
             self.background = []
             self.stopping = threading.Event()
-            self.slow = []      # calls, as _Clock.since() puts it
-            self.late = []      # of a thread that only sleeps, likewise
-            threading.Thread(target=self._control, daemon=True).start()
+            self.slow = []      # calls: thread, begin, end, waited
+            # When, and how long each thread had been busy by then.
+            self.looks = collections.deque(maxlen=int(MEMORY / TICK))
+            threading.Thread(target=self._look, daemon=True).start()
 
-    def _control(self):
-        """Note when a thread that wants nothing but the GIL had to wait."""
-        clock = _Clock()
+    def _look(self):
         while True:
-            before = clock.now()
+            busy = {}
+            for thread in os.listdir('/proc/self/task'):
+                with contextlib.suppress(OSError):  # it has ended
+                    busy[int(thread)] = _busy(thread)
+            self.looks.append((time.monotonic(), busy))
             time.sleep(TICK)
-            begin, end, waited = clock.since(before)
-            if waited > TICK + LATE:
-                self.late.append((begin, end, waited - TICK))
 
     def run(self, slots, pause):
         """Have a thread for each slot emit, until ``halt``."""
@@ -170,10 +170,12 @@ class Service(publisher.Service):
         self.shared[slot * SLOT + BEGAN] = number
         before = clock.now()
         method({}, 'soak.event', payload)
-        begin, end, waited = clock.since(before)
+        after = clock.now()
         self.shared[slot * SLOT + DONE] = number
-        if end - begin > SLOW:
-            self.slow.append((begin, end, waited))
+        if after[0] - before[0] > SLOW:
+            self.slow.append((
+                threading.get_native_id(), before[0], after[0],
+                after[0] - before[0] - (after[1] - before[1])))
 
     @staticmethod
     def _pad(choose):
@@ -201,20 +203,34 @@ class Service(publisher.Service):
             return super().reap(pid)
 
     def watched(self):
-        """Seconds that calls were blocked, less what others were, too.
+        """The calls that took long, and for how long each was blocked.
 
-        :returns: of each that took long: since when, until when, how long
-                  the thread waited, how long of that the control did not
+        Who waits for the GIL waits while another thread has it, and is busy.
+        What is left was spent waiting for something else; unless nothing
+        went on, for then the looks were late as well.
+
+        :returns: of each: since when, until when, how long the thread
+                  waited, how long of that cannot be so explained
         """
         self._here()
         slow, self.slow = self.slow, []
         if slow:
-            time.sleep(2 * TICK)    # the control, too, has to be back
-        late = list(self.late)
-        del self.late[:-100]
-        return [(begin, end, waited, waited - sum(
-            each[2] for each in late if each[0] < end and each[1] > begin))
-            for begin, end, waited in slow]
+            time.sleep(3 * TICK)    # until they were looked at once more
+        looks = list(self.looks)
+        return [(begin, end, waited, waited - self._others(
+            looks, thread, begin, end)) for thread, begin, end, waited in slow]
+
+    @staticmethod
+    def _others(looks, thread, begin, end):
+        """How long other threads were busy, or late, at most."""
+        first = max((each for each in looks if each[0] <= begin),
+                    default=looks[0], key=lambda each: each[0])[1]
+        last = min((each for each in looks if each[0] >= end),
+                   default=looks[-1], key=lambda each: each[0])[1]
+        late = sum(max(0, min(end, next_[0]) - max(begin, look[0]) - TICK)
+                   for look, next_ in itertools.pairwise(looks))
+        return late + sum(busy - first.get(each, 0)
+                          for each, busy in last.items() if each != thread)
 
 
 if __name__ == '__main__':

@@ -436,7 +436,8 @@ class HandoverTest(base.RelayTestCase):
             self._wait_sources(after, {source})
             last = self._numbers(before)[source][-1]
             first = self._numbers(after)[source][0]
-            self.assertEqual(last + 1, first)
+            # Beside a subscriber that is slow to read, a gap is possible.
+            self.assertLess(last, first)
             base.wait_until(lambda: after.reasons, 'the loss is told')
             self.assertEqual(['leader replaced'], after.reasons)
             leader, before = other, after

@@ -576,8 +576,8 @@ def _answers(path):
         return True
 
 
-def _clear(path, left):
-    """Make the path free, of a dead owner's socket only. Needs the lock.
+def _is_left_over(path, left):
+    """Whether there is a dead owner's socket at the path. Needs the lock.
 
     :param left: the identity of the socket that the last owner bound here;
                  it is dead, for we have its lock, even if a child of it
@@ -586,14 +586,20 @@ def _clear(path, left):
     """
     info = _lstat(path)
     if info is None:
-        return
+        return False
     if not stat.S_ISSOCK(info.st_mode):
         raise FileExistsError(
             errno.EEXIST, 'not a socket, so it is left alone', path)
     if _identity(info) != left and _answers(path):
         raise OSError(errno.EADDRINUSE, 'the socket of another program that '
                       'is alive, so it is left alone', path)
-    os.unlink(path)
+    return True
+
+
+def _clear(path, left):
+    """Make the path free, of a dead owner's socket only; see there."""
+    if _is_left_over(path, left):
+        os.unlink(path)
 
 
 def _gid(group):
@@ -2118,6 +2124,10 @@ class _RelayHub(_Hub):
 
     def _listener(self):
         """The last leader's listener, if the path is still that socket."""
+        if self._passed is not None and self._passed.intact():
+            # Another may go on with it already, whose lock was removed.
+            relay = self._relay_path()
+            _is_left_over(relay, self._lock.read().get(relay))
         if self._uplink is not None:
             self._presence, self._present = _Event(), False
         passed, self._passed = self._passed, None

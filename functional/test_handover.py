@@ -460,6 +460,23 @@ class HandoverTest(base.RelayTestCase):
         leader.kill(signal.SIGCONT)
         self.assert_complete(subscriber, 21)
 
+    def test_lock_removed_and_a_follower_goes_on_that_missed_a_leader(self):
+        """It has the same listener as the leader, who has no lock."""
+        leader, other, stopped = self.start_workers(3)
+        with contextlib.closing(self.subscribe()) as subscriber:
+            self._emit_all([leader, other, stopped], subscriber)
+        self.stop_worker(stopped)
+        self.kill_worker(leader)
+        self.wait_leader([other])
+        base.wait_until(lambda: os.path.exists(self.path + '.relay'),
+                        'the relay is served')
+        os.unlink(self.path + '.lock')
+        stopped.kill(signal.SIGCONT)
+        other.ask('start', pause=0.01)      # or it would not look
+        self.wait_leader([other])
+        other.ask('stop')
+        self._assert_one_leads([other, stopped])
+
     def test_lock_removed_and_then_a_second_start(self):
         first, = self.start_workers(1)
         workers = [first]

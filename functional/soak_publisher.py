@@ -47,9 +47,9 @@ SIZE = (SLOTS + 1) * SLOT * 8
 # Seconds. A call that takes longer is looked into.
 SLOW = 0.05
 # How often the threads of a process are looked at, and for how long that is
-# remembered: until the next settlement, even if that takes its time.
+# remembered: a minute of it would take 4 MB, and look like a leak.
 TICK = 0.01
-MEMORY = 60
+MEMORY = 5
 
 
 def counters(file):
@@ -105,7 +105,9 @@ class Service(publisher.Service):
             self.pid = os.getpid()
             self.background = []
             self.stopping = threading.Event()
-            self.slow = []      # calls: thread, begin, end, waited
+            # Calls: thread, begin, end, waited; then, as watched() has them.
+            self.slow = collections.deque()
+            self.judged = []
             # When, and how long each thread had been busy by then.
             self.looks = collections.deque(maxlen=int(MEMORY / TICK))
             threading.Thread(target=self._look, daemon=True).start()
@@ -116,7 +118,12 @@ class Service(publisher.Service):
             for thread in os.listdir('/proc/self/task'):
                 with contextlib.suppress(OSError):  # it has ended
                     busy[int(thread)] = _busy(thread)
+            due = len(self.slow)    # these have ended before this look
             self.looks.append((time.monotonic(), busy))
+            for _ in range(due):
+                thread, begin, end, waited = self.slow.popleft()
+                self.judged.append((begin, end, waited, waited - self._others(
+                    self.looks, thread, begin, end)))
             time.sleep(TICK)
 
     def run(self, slots, pause):
@@ -213,12 +220,10 @@ class Service(publisher.Service):
                   waited, how long of that cannot be so explained
         """
         self._here()
-        slow, self.slow = self.slow, []
-        if slow:
+        if self.slow:
             time.sleep(3 * TICK)    # until they were looked at once more
-        looks = list(self.looks)
-        return [(begin, end, waited, waited - self._others(
-            looks, thread, begin, end)) for thread, begin, end, waited in slow]
+        judged, self.judged = self.judged, []
+        return judged
 
     @staticmethod
     def _others(looks, thread, begin, end):

@@ -1134,26 +1134,44 @@ class GateTest(TestCase):
             sock.accept()[0].close()
             self.assertFalse(gate.look())
 
-    def test_poll_objects_are_spared_but_not_shared(self):
-        gate, found = unix_notifier._Gate(), []
-        gate.look()
-        poller, = gate._spare
+    def test_each_descriptor_is_looked_at(self):
+        events = [unix_notifier._Event() for _ in range(3)]
+        gate = unix_notifier._Gate([each.fileno() for each in events])
+        for each in events:
+            self.assertFalse(gate.look())
+            each.set()
+            self.assertTrue(gate.look())
+            each.clear()
 
-        def poll(timeout):
-            found.append(list(gate._spare))     # what another thread finds
-            return poller.poll(timeout)
+    def test_closed_descriptor_is_a_reason_to_go_on(self):
+        event = unix_notifier._Event()
+        gate = unix_notifier._Gate((event.fileno(),))
+        event.close()
+        self.assertTrue(gate.look())
 
-        gate._spare[0] = types.SimpleNamespace(poll=poll)
-        gate.look()
-        self.assertEqual(([[]], 1), (found, len(gate._spare)))
+    def test_other_threads_get_no_turn(self):
+        """Neither by a look nor by waking the loop: see _libc."""
+        event = unix_notifier._Event()
+        gate = unix_notifier._Gate((event.fileno(),))
+        turns, stopping = itertools.count(), threading.Event()
+        self.addCleanup(stopping.set)
 
-    def test_poll_is_there_under_monkey_patching(self):
-        # As eventlet does.
-        self.useFixture(fixtures.MonkeyPatch(
-            'select.poll', fixtures.MonkeyPatch.delete))
-        self.assertEqual([], unix_notifier._private_select().poll().poll(0))
-        self.assertFalse(hasattr(select, 'poll'))
-        self.assertIsNot(select, unix_notifier._select)
+        def run():
+            while not stopping.is_set():
+                next(turns)
+
+        threading.Thread(target=run, daemon=True).start()
+        interval = sys.getswitchinterval()
+        self.addCleanup(sys.setswitchinterval, interval)
+        wait_until(lambda: next(turns) > 1)
+        sys.setswitchinterval(1)    # only who gives it up loses the GIL
+        before = next(turns)
+        for _ in range(5):
+            gate.look()
+            event.set()
+        after = next(turns)
+        sys.setswitchinterval(interval)
+        self.assertEqual(before + 1, after)
 
 
 class BackoffTest(TestCase):
@@ -1295,7 +1313,7 @@ class StartTest(HubCase):
         client = self.connect(hub)
 
         def spy(bound):
-            looked_at.append(bound.sock.fileno() in hub._gate._filenos)
+            looked_at.append(bound.sock.fileno() in hub._gate.filenos)
             self.emit(hub, range(1))
             close(hub, bound)
 
@@ -1303,7 +1321,7 @@ class StartTest(HubCase):
         os.unlink(self.path)
         hub.look_again()
         self.assertEqual([False], looked_at)
-        self.assertEqual((hub._bound.sock.fileno(),), hub._gate._filenos)
+        self.assertEqual((hub._bound.sock.fileno(),), hub._gate.filenos)
         hub._turn(0)
         self.assertEqual(1, account(client.read()))
         del hub._close_listener
@@ -1606,7 +1624,6 @@ class WakeTest(HubCase):
 
         hub._flush = flush
         self.emit(hub, range(1))
-        wait_until(lambda: hub._wake() or not failures)
         self.assertEqual(1, account(client.wait(1)))
         self.assertLogged('Traceback')
 
@@ -2307,6 +2324,157 @@ class ReleaseNoteTest(TestCase):
                 for entry in entries:
                     self.assertIsInstance(entry, str)
                     self.assertTrue(entry.strip())
+
+
+# ---------------------------------------------------------------------------
+# RELAY: all processes of a user on one path
+# ---------------------------------------------------------------------------
+
+class SteppedRelayHub(SteppedHub, unix_notifier._RelayHub):
+    """A hub of a process that shares its path, stepped by the test."""
+
+
+class RelayCase(HubCase):
+
+    """Gives each test a leader and a follower, both in this process."""
+
+    def make_pair(self, **options):
+        """The two; with nobody connected, and both know that."""
+        settings = self.make_settings(**options)
+        leader, follower = SteppedRelayHub(settings), SteppedRelayHub(settings)
+        for hub in leader, follower:
+            self.addCleanup(hub.finish)
+            hub._turn(0)
+        wait_until(lambda: self.step(leader, follower)
+                   or follower._uplink.greeted)
+        self.step(leader, follower)
+        self.assertFalse(leader._gate.open or follower._gate.open)
+        return leader, follower
+
+    def step(self, *hubs):
+        for hub in hubs:
+            hub._turn(0)
+
+
+class RelayStartTest(RelayCase):
+
+    """Relay: who gets what from when on, as a follower sees it."""
+
+    def test_while_nobody_listens_nothing_is_even_serialized(self):
+        _, follower = self.make_pair()
+        self.patch('_encode', none_left)
+        self.emit(follower, range(3))
+        self.assertQueued(follower, 0)
+
+    def test_who_waits_in_the_leaders_backlog_is_seen(self):
+        leader, follower = self.make_pair()
+        client = self.connect()
+        self.emit(follower, range(3))
+        self.step(follower, leader)
+        self.assertEqual(3, account(client.read()))
+
+    def test_presence_is_up_before_the_first_is_accepted(self):
+        # Once accepted it is no longer in the kernel's queue: the presence
+        # is all that a follower can see of it.
+        leader, follower = self.make_pair()
+        found = []
+        self.script(leader, lambda: (found.append(follower._gate.look()),
+                                     self.emit(follower, range(1))))
+        client = self.connect()
+        self.step(leader, follower, leader)
+        self.assertEqual([True], found)
+        self.assertEqual(1, account(client.read()))
+
+    def test_presence_that_rises_after_the_look_is_no_miss(self):
+        """The follower looks, finds nothing; only then somebody comes."""
+        leader, follower = self.make_pair()
+        gate, look, clients = follower._gate, follower._gate.look, []
+
+        def look_and_pause():
+            gate.look = look
+            found = look()
+            clients.append(self.connect())
+            self.step(leader)           # accepted, the presence is up
+            return found
+
+        gate.look = look_and_pause
+        # It began before connect() did, so it may be dropped; the next not.
+        self.emit(follower, [7])
+        self.emit(follower, range(1))
+        self.step(follower, leader)
+        self.assertEqual(1, account(clients[0].read()))
+
+    def test_presence_is_down_once_the_last_has_gone(self):
+        leader, follower = self.make_pair()
+        client = self.connect()
+        self.step(leader)
+        self.assertTrue(follower._gate.look())
+        client.sock.close()
+        self.step(leader)
+        self.assertFalse(follower._gate.look())
+
+    def test_hello_that_waits_is_a_reason_to_go_on(self):
+        """The leader has a new listener, which the follower cannot see."""
+        leader, follower = self.make_pair()
+        os.unlink(self.path)
+        leader.look_again()
+        client = self.connect()
+        self.emit(follower, range(1))
+        self.step(follower, leader)
+        self.assertEqual(1, account(client.read()))
+
+    def test_connect_before_notify_is_the_start_whatever_runs_between(self):
+        """Both loops in threads, which are switched as often as possible."""
+        settings = self.make_settings()
+        leader = unix_notifier._RelayHub(settings)
+        self.addCleanup(leader.close)
+        leader.start()
+        self.await_service()
+        follower = unix_notifier._RelayHub(settings)
+        self.addCleanup(follower.close)
+        follower.start()
+        wait_until(lambda: follower._uplink.greeted)
+        interval = sys.getswitchinterval()
+        self.addCleanup(sys.setswitchinterval, interval)
+        for number in range(500):
+            sys.setswitchinterval((1e-6, 1e-5, 1e-4, 5e-3)[number % 4])
+            hub = (leader, follower)[number // 2 % 2]
+            client = self.connect()
+            self.emit(hub, range(1))
+            self.assertEqual(1, account(client.wait(1)))
+            client.sock.close()
+
+
+class RelayLoadTest(RelayCase):
+
+    """Relay: what a leader does for those that read."""
+
+    def fill(self, leader, follower, rounds):
+        """Have the follower send more than a turn of the leader gives on."""
+        for number in range(rounds):
+            follower.emit(numbered(number, 100000))
+            self.step(follower, leader)
+
+    def test_who_reads_fast_loses_nothing(self):
+        leader, follower = self.make_pair(sock_buffer_size=4 * 2 ** 20)
+        client = self.connect()
+        self.step(leader)
+        # As the reader would, where it has a CPU.
+        with fixtures.MonkeyPatch('time.sleep', lambda _: client.read()):
+            self.fill(leader, follower, 100)
+        self.pump(leader, client, 100)
+        self.assertEqual([], lost(client.messages))
+
+    def test_who_does_not_read_is_waited_for_once(self):
+        leader, follower = self.make_pair(sock_buffer_size=2 ** 20)
+        client = self.connect()
+        self.step(leader)
+        naps = []
+        with fixtures.MonkeyPatch('time.sleep', naps.append):
+            self.fill(leader, follower, 60)
+        self.assertEqual(unix_notifier._PATIENCE, len(naps))
+        self.pump(leader, client, 60)
+        self.assertTrue(lost(client.messages))
 
 
 # ---------------------------------------------------------------------------

@@ -2378,7 +2378,7 @@ class RelayStartTest(RelayCase):
         # is all that a follower can see of it.
         leader, follower = self.make_pair()
         found = []
-        self.script(leader, lambda: (found.append(follower._gate.look()),
+        self.script(leader, lambda: (found.append(bool(follower._gate.look())),
                                      self.emit(follower, range(1))))
         client = self.connect()
         self.step(leader, follower, leader)
@@ -2475,6 +2475,142 @@ class RelayLoadTest(RelayCase):
         self.assertEqual(unix_notifier._PATIENCE, len(naps))
         self.pump(leader, client, 60)
         self.assertTrue(lost(client.messages))
+
+
+class RelayPathTest(RelayCase):
+
+    """Relay: who leads."""
+
+    def die(self, leader):
+        """As a process that is killed: its descriptors close, no more."""
+        leader._closing = True
+        for follower in leader._followers:
+            follower.sock.close()
+        leader._close_files()
+
+    def settle(self, *hubs):
+        """Let them look after the path until one leads and the rest follow."""
+        def settled():
+            for hub in hubs:
+                hub.look_again()
+            return all(hub._uplink is None or hub._uplink.greeted
+                       for hub in hubs)
+
+        wait_until(settled)
+        leader, = (hub for hub in hubs if hub._uplink is None)
+        return leader
+
+    def test_follower_goes_on_with_the_listener_of_a_dead_leader(self):
+        leader, follower = self.make_pair()
+        bound = os.stat(self.path).st_ino
+        client = self.connect()
+        self.emit(follower, range(3))
+        self.die(leader)
+        self.assertIs(follower, self.settle(follower))
+        self.step(follower)
+        self.assertEqual(bound, os.stat(self.path).st_ino)
+        self.assertEqual(3, account(client.read()))
+
+    def assertGoesWhole(self, end):
+        """A line that is half sent as the leader ends, in whichever way."""
+        leader, follower = self.make_pair()
+        before = self.connect()
+        self.step(leader)
+        self.emit(follower, range(1), size=2 ** 20)
+        self.step(follower, leader)
+        self.assertLess(0, follower._uplink.offset)
+        end(leader)
+        after = self.connect()
+        self.assertIs(follower, self.settle(follower))
+        self.pump(follower, after, 1)
+        self.assertEqual([], before.read())
+        self.assertTrue(before.ended or end == self.die)
+
+    def test_half_sent_line_goes_whole_to_the_next_of_a_dead_leader(self):
+        self.assertGoesWhole(self.die)
+
+    def test_half_sent_line_goes_whole_to_the_next_of_one_that_leaves(self):
+        self.assertGoesWhole(SteppedRelayHub.finish)
+
+    def test_who_waits_at_a_listener_that_lost_the_path_is_let_go(self):
+        leader, follower = self.make_pair()
+        client = self.connect()
+        os.unlink(self.path)
+        self.die(leader)
+        self.assertIs(follower, self.settle(follower))
+        self.assertEqual([], client.read())
+        self.assertTrue(client.ended)
+        self.assertServed(follower, self.connect())
+
+    def test_follower_has_the_leader_look_after_the_path(self):
+        leader, follower = self.make_pair()
+        os.unlink(self.path)
+        follower.look_again()
+        leader._checked -= 60
+        self.step(follower, leader)
+        self.assertTrue(os.path.exists(self.path))
+
+    def test_who_lost_everything_follows_its_successor(self):
+        leader, follower = self.make_pair()
+        before = self.connect()
+        self.step(leader)
+        for suffix in '', '.lock', '.relay':
+            os.unlink(self.path + suffix)
+        successor = SteppedRelayHub(leader.settings)
+        self.addCleanup(successor.finish)
+        successor._turn(0)
+        # On its way up as the leader resigns: told here, and lost there.
+        self.emit(follower, range(2))
+        self.step(follower)
+        self.assertIs(successor, self.settle(successor, leader, follower))
+        self.assertEqual(2, account(before.read()))
+        self.assertTrue(before.ended)
+        after = self.connect()
+        self.emit(leader, range(1))
+        self.step(leader, successor)
+        self.assertEqual(1, account(after.read()))
+
+    def test_without_descriptors_the_relay_comes_back(self):
+        leader, _ = self.make_pair()
+        newcomer = socket.socket(socket.AF_UNIX)
+        self.addCleanup(newcomer.close)
+        newcomer.connect(self.path + '.relay')
+        with no_descriptors():
+            self.step(leader)
+        self.assertLogged('Too many open files')
+        self.assertIsNone(leader._relay)
+        leader.look_again()
+        self.assertTrue(os.path.exists(self.path + '.relay'))
+
+    @as_root
+    def test_stranger_is_told_nothing(self):
+        leader, _ = self.make_pair()
+        os.chmod(self.path + '.relay', 0o666)
+        for directory in (self.path, os.path.dirname(self.path)):
+            os.chmod(os.path.dirname(directory), 0o755)
+        with as_uid(NOBODY):
+            stranger = socket.socket(socket.AF_UNIX)
+            self.addCleanup(stranger.close)
+            stranger.connect(self.path + '.relay')
+        self.step(leader)
+        self.assertEqual(b'', stranger.recv(100))
+        self.assertLogged('uid %d: not trusted' % NOBODY)
+
+    def test_nonsense_is_named_and_cut_off(self):
+        leader, _ = self.make_pair()
+        for text in (b'GET / HTTP/1.1\n', b'unix-notifier relay 1\n-x y\n',
+                     b'unix-notifier relay 1\n-1\n', b'x' * 5000):
+            peer = socket.socket(socket.AF_UNIX)
+            self.addCleanup(peer.close)
+            peer.connect(self.path + '.relay')
+            peer.send(text)
+            self.step(leader, leader)
+            self.assertTrue(peer.recv(1000).startswith(unix_notifier._HELLO))
+            with contextlib.suppress(ConnectionResetError):
+                self.assertEqual(b'', peer.recv(1000))
+        for text in ('GET / HTTP', 'x\' is no number', 'not enough values',
+                     'more than 4096 bytes'):
+            self.assertLogged(text)
 
 
 # ---------------------------------------------------------------------------

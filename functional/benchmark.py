@@ -128,12 +128,14 @@ class LogUnmasked(Log):
 class Unix(Log):
     """The driver of this project."""
 
+    buffer = BUFFER
+
     def publisher(self, path):
         conf = cfg.ConfigOpts()
         conf([], default_config_files=[])
         unix_notifier.register_opts(conf)
         for name, value in (('sock_path', path),
-                            ('sock_buffer_size', BUFFER),
+                            ('sock_buffer_size', self.buffer),
                             ('sock_max_subscribers', 100)):
             conf.set_override(name, value, 'oslo_messaging_notifications')
         return unix_notifier.UnixDriver(conf).notify
@@ -155,7 +157,14 @@ class Follower(Unix):
     """The same, in a process that does not serve the path itself."""
 
 
-SYSTEMS = {'json': Json(), 'log': Log(), 'log unmasked': LogUnmasked(),
+class Lossless(Unix):
+    """The same, with a buffer that holds all there will be."""
+
+    buffer = 32 * BUFFER
+
+
+SYSTEMS = {'lossless': Lossless(), 'json': Json(), 'log': Log(),
+           'log unmasked': LogUnmasked(),
            'unix': Unix(), 'follower': Follower()}
 
 
@@ -494,13 +503,15 @@ def workers(bench):
         progress('round %d of 5' % (number + 1))
         for count in (1, WORKERS):
             path = bench.path()
-            publishers = [bench.publish('unix', path) for _ in range(count)]
-            subscriber = bench.subscribe('unix', path)
+            publishers = [bench.publish('lossless', path)
+                          for _ in range(count)]
+            subscriber = bench.subscribe('lossless', path)
             for each in publishers:
-                each.begin('burst', 'unix', 10 * BURST // count)
+                each.begin('burst', 'lossless', 10 * BURST // count)
             for each in publishers:
                 each.end()
-            subscriber.lack(bench.size(10 * BURST // count) * count)
+            if subscriber.lack(bench.size(10 * BURST // count) * count):
+                raise RuntimeError('not all was received')
             costs['%d' % count].append(subscriber.rate() / MIB)
             for each in (*publishers, subscriber):
                 each.close()
@@ -654,7 +665,11 @@ def main():
                         help='print one JSON object for each row')
     parser.add_argument('--chart', metavar='FILE',
                         help='draw the comparison with peers, as SVG')
+    parser.add_argument('--rabbit', metavar='URL', help='compare with '
+                        'RabbitMQ, too: rabbit://user:password@host:port/')
     arguments = parser.parse_args()
+    if arguments.rabbit:
+        os.environ[peers.RABBIT] = arguments.rabbit
     done = []
     for row in measure(arguments.only or POINTS, arguments.rounds):
         done.append(row)

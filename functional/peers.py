@@ -33,11 +33,15 @@ import logging
 import logging.handlers
 import os
 import selectors
+import signal
 import socket
 import time
+import types
 
 from oslo_config import cfg
+import oslo_messaging
 from oslo_messaging.notify import _impl_log
+from oslo_messaging.notify import messaging
 
 import unix_notifier
 
@@ -256,9 +260,60 @@ class Nng(Stream):
         return count, last
 
 
-SYSTEMS = {'floor': Floor, 'unix': Unix, 'follower': Follower, 'log': Log,
+class Rabbit:
+    """RabbitMQ and the driver messagingv2, where a URL is given."""
+
+    def _key(self, path):
+        return path.replace('/', '-')
+
+    def publisher(self, path, count, large):
+        conf = cfg.ConfigOpts()
+        conf([], default_config_files=[])
+        transport = oslo_messaging.get_notification_transport(
+            conf, url=os.environ[RABBIT])
+        notify = messaging.MessagingV2Driver(
+            conf, topics=[self._key(path)], transport=transport).notify
+        return lambda message: notify({}, message, 'info', None)
+
+    def subscriber(self, path, number):
+        """A queue of its own, so that all get everything."""
+        kombu = importlib.import_module('kombu')
+        connection = kombu.Connection(
+            os.environ[RABBIT].replace('rabbit', 'amqp', 1))
+        queue = kombu.Queue(
+            '', kombu.Exchange('openstack', 'topic', durable=False),
+            self._key(path) + '.info', exclusive=True, durable=False)
+        bodies = []
+        consumer = kombu.Consumer(
+            connection.channel(), [queue], no_ack=True,
+            on_message=lambda message: bodies.append(message.body))
+        consumer.consume()
+        return types.SimpleNamespace(
+            connection=connection, bodies=bodies, consumer=consumer,
+            fileno=connection.connection.sock.fileno)
+
+    def receive(self, sock, parts):
+        with contextlib.suppress(TimeoutError):
+            while True:
+                sock.connection.drain_events(timeout=0)
+        count, last = len(sock.bodies), None
+        if count:
+            last = sock.bodies[-1]
+            last = last.encode() if isinstance(last, str) else bytes(last)
+        sock.bodies.clear()
+        return count, last
+
+
+# The environment variable that has the URL of RabbitMQ, for all processes.
+RABBIT = 'BENCHMARK_RABBIT_URL'
+# How many subscribers it can be asked to serve in reasonable time.
+RABBIT_MOST = 10
+
+SYSTEMS = {'rabbit': Rabbit, 'floor': Floor, 'unix': Unix,
+           'follower': Follower, 'log': Log,
            'log+socket': LogSocket, 'zmq': Zmq, 'nng': Nng}
-BROADCAST = 'floor', 'unix', 'follower', 'log+socket', 'zmq', 'nng'
+BROADCAST = ('floor', 'unix', 'follower', 'log+socket', 'zmq', 'nng',
+             'rabbit')
 
 
 # -- processes --------------------------------------------------------------
@@ -393,7 +448,9 @@ ROUNDS = 7
 COUNTS = 1, 10, 100
 
 
-def available(name):
+def available(name, count=0):
+    if name == 'rabbit':
+        return RABBIT in os.environ and count <= RABBIT_MOST
     needs = getattr(SYSTEMS[name], 'needs', None)
     return needs is None or importlib.util.find_spec(needs) is not None
 
@@ -429,7 +486,9 @@ def compare(bench, names, count, measure):
     costs = collections.defaultdict(lambda: collections.defaultdict(list))
     with bench.apart() as apart:
         pairs = {}
-        for name in filter(available, names):
+        for name in names:
+            if not available(name, count):
+                continue
             bench.progress('%s, %d' % (name, count))
             pairs[name] = pair(apart, name, count)
         for number in range(ROUNDS):
@@ -498,7 +557,7 @@ def throughput(bench):
 
 
 def stalled(bench):
-    """What a healthy one lacks beside one that never reads; memory."""
+    """What a healthy one lacks beside one that is stopped; memory."""
     for name in filter(available, ('unix', 'zmq', 'nng')):
         with bench.apart() as apart:
             path = apart.path()
@@ -509,12 +568,15 @@ def stalled(bench):
             stopped.open(name, path, 1)
             publisher.paced(300, 1000)
             healthy.take(10 ** 9, 0.5)
+            # The process, for libraries read in threads of their own.
+            os.kill(stopped.process.pid, signal.SIGSTOP)
             before = publisher.memory()
             healthy.begin('take', MANY, 2)
             publisher.paced(MANY, 5000)
             yield ('%s: lacking' % name, [MANY - healthy.end()[1]], '', None)
             yield ('%s: memory' % name, [
                 (publisher.memory() - before) / MIB], 'MiB', None)
+            os.kill(stopped.process.pid, signal.SIGCONT)
 
 
 def join(bench):

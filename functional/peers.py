@@ -632,12 +632,14 @@ def chart(path, rows, title):
         for index, name in enumerate(BROADCAST):
             values = [found.get('%s, %d' % (name, count)) or 0
                       for count in COUNTS]
+            if not any(values):
+                continue
             axis.bar([at + index / 8 for at in range(3)], values, 1 / 8,
                      label=name)
         axis.set(title=label, yscale='log', xlabel='subscribers')
         axis.set_xticks([at + 0.3 for at in range(3)], COUNTS)
     axes[0].set_ylabel('microseconds')
-    axes[-1].legend()
+    axes[-1].legend(loc='upper left', bbox_to_anchor=(1, 1))
     figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(path)

@@ -2094,6 +2094,8 @@ class _RelayHub(_Hub):
             self._log_stranger('%s: %r is not the protocol %r, with two '
                                'descriptors' % (
                                    self._uplink.who, data[:80], _HELLO))
+        if passed is not None:
+            passed[0].close()
         self._orphaned()
 
     def _receive(self, fds):

@@ -202,6 +202,10 @@ class RelayTest(base.RelayTestCase):
         follower.ask('emit', count=1)
         leader.ask('emit', count=1)
         self.wait_idle([leader, follower])
+        # It may have looked last before the subscriber had gone: the turn
+        # after the next notification finds out.
+        follower.ask('emit', count=1)
+        self.wait_idle([leader, follower])
         task, = (task for task in os.listdir('/proc/%d/task' % follower.pid)
                  if int(task) != follower.pid)
 

@@ -2869,6 +2869,13 @@ class SubscribeTest(ConsumerTestCase):
             self.assertFalse(thread.is_alive())
             self.assertEqual([], list(stream))
 
+    def test_forked_child_that_closes_it_does_the_parent_no_harm(self):
+        stream, service = self.connected()
+        self.assertIsNone(stream.take(time.monotonic() + 0.01))
+        self.assertEqual('', in_child(stream.close))
+        threading.Timer(0.05, service.sendall, (line(1),)).start()
+        self.assertEqual(numbered(1), next(stream))
+
     def test_wait_is_asleep(self):
         stream, _ = self.connected()
         begin = time.thread_time()

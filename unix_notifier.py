@@ -2364,25 +2364,22 @@ class _Subscription:
     One thread reads. close() and wake() are for any.
     """
 
+    _sock = None            # while there is no connection
+
     def __init__(self, path, reconnect=True):
-        self._selector = None       # for __del__, should the path be bad
         self.path = _parse_path(path)
         self.line = b''         # what the last message was read from
         self._reconnect = reconnect
         self._closed = False    # for good
         self._reading = threading.RLock()   # by who reads, or closes
-        self._sock = None
         self._since = 0         # time.monotonic() when it connected
-        self._watched = False   # whether the selector watches it
         self._buffer = _LineBuffer()
         self._lines = collections.deque()   # that came and were not taken
-        self._retry = _Backoff()    # at is None while connected
+        self._retry = _Backoff()    # its delay outlasts a connection
         self._told = set()      # what was logged and need not be again
         self._lost = 0          # notifications, by the records
         self._lost_told = -math.inf     # time.monotonic() when it was logged
         self._waker = _Event()
-        self._selector = selectors.DefaultSelector()    # run time: eventlet
-        self._selector.register(self._waker, selectors.EVENT_READ)
         self._connect()
 
     def __iter__(self):
@@ -2408,30 +2405,26 @@ class _Subscription:
         self._waker.set()
         with self._reading:
             self._disconnect()
-            self._selector.close()
-
-    def __del__(self):
-        if self._selector is not None:
-            self.close()
 
     def wake(self):
         """Have take() or wait(), now or the next time, return early."""
         self._waker.set()
 
-    def take(self, deadline=None):
+    def take(self, deadline=math.inf, paused=False):
         """The next message, or None: in time, or after wake(), there is none.
 
         :param deadline: when to give up, by time.monotonic()
+        :param paused: whether to wait for no message, only for wake()
         :raises: ValueError for a line that is too long, naming the limit
         """
         with self._reading:
             while not self._closed:
-                while self._lines:
+                while self._lines and not paused:
                     self.line = self._lines.popleft()
                     message = self._parse(self.line)
                     if message is not None:
                         return message
-                if not self._receive() and not self.wait(deadline):
+                if not self._wait(deadline, paused):
                     break
         return None
 
@@ -2439,59 +2432,53 @@ class _Subscription:
         """Whether take() need not wait."""
         return bool(self._lines)
 
-    def wait(self, deadline=None, reading=True):
-        """Wait for lines, or to try again; False after wake() or too late.
-
-        :param reading: whether to wait for lines, and not only for wake()
-        """
-        now = time.monotonic()
-        if self._retry.at is not None and now >= self._retry.at:
+    def _wait(self, deadline, paused):
+        """Take in what comes, or try again; False after wake() or too late."""
+        if self._sock is None and time.monotonic() >= self._retry.at:
             self._connect()
             return True
-        if deadline is not None and now >= deadline:
+        # Made anew, and not of epoll, which a forked child would share: its
+        # close() would have us wait for ever. Without poll(): eventlet.
+        selector = getattr(selectors, 'PollSelector',
+                           selectors.DefaultSelector)()
+        selector.register(self._waker, selectors.EVENT_READ)
+        until = deadline
+        if self._sock is None:
+            until = min(deadline, self._retry.at)
+        elif not paused:
+            selector.register(self._sock, selectors.EVENT_READ)
+        ready = [key.fileobj for key, _ in selector.select(
+            None if until == math.inf else until - time.monotonic())]
+        if self._waker in ready:
+            self._waker.clear()
             return False
-        self._watch(reading and self._sock is not None)
-        until = [at for at in (deadline, self._retry.at) if at is not None]
-        timeout = min(until) - now if until else None
-        for key, _ in self._selector.select(timeout):
-            if key.fileobj is self._waker:
-                self._waker.clear()
-                return False
-        return True
-
-    def _watch(self, watch):
-        if watch and not self._watched:
-            self._selector.register(self._sock, selectors.EVENT_READ)
-        elif self._watched and not watch:
-            self._selector.unregister(self._sock)
-        self._watched = watch
+        if ready:
+            self._receive()
+        return bool(ready) or time.monotonic() < deadline
 
     def _connect(self):
         try:
-            sock = _connected(self.path)
+            self._sock = _unix_socket()
+            self._sock.setblocking(False)   # connect() would await a backlog
+            self._sock.connect(self.path)
         except OSError as error:
+            self._disconnect()
             if not self._reconnect:
                 raise OSError(error.errno, error.strerror, self.path)
             self._retry.fail()
             self.say_once(logging.INFO, 'waiting for it: %s', error.strerror)
             return
-        self._sock, self._since = sock, time.monotonic()
-        self._retry.at = None   # its delay is kept: see _on_end()
+        self._since = time.monotonic()
         self.say_once(logging.INFO, 'connected')
 
     def _receive(self):
-        """Take in what has come; whether there was anything."""
-        if self._sock is None:
-            return False
         try:
             block = self._buffer.receive(self._sock)
-        except BlockingIOError:
-            return False
         except OSError:     # reset: it closed, and had not read all we sent
             block = None
         if block is None:
             self._on_end()
-            return True
+            return
         try:
             self._buffer.check(_LINE_MAX)
         except ValueError as error:
@@ -2499,7 +2486,6 @@ class _Subscription:
             raise ValueError('%s: %s' % (self.path, error))
         # Not splitlines(), which would split at a carriage return, too.
         self._lines.extend(block.split(b'\n')[:-1])
-        return True
 
     def _on_end(self):
         """The stream has ended. A line without its end is discarded."""
@@ -2515,11 +2501,12 @@ class _Subscription:
         self.say_once(logging.INFO, 'disconnected')
 
     def _disconnect(self):
-        self._watch(False)
         self._buffer = _LineBuffer()
         if self._sock is not None:
             self._sock.close()  # no shutdown: it may be a forked child's copy
             self._sock = None
+
+    __del__ = _disconnect
 
     def _parse(self, line):
         try:
@@ -2713,13 +2700,10 @@ class _Listener(_base.PollStyleListener):
                 if full or not self._subscription.held():
                     return None
                 until = _deadline(0)
-            if full:
-                self._subscription.wait(until, reading=False)
-            else:
-                message = self._subscription.take(until)
-                if message is not None and self._wanted(message):
-                    return self._hand_out(message)
-            if deadline is not None and time.monotonic() >= deadline:
+            message = self._subscription.take(until, paused=full)
+            if message is not None and self._wanted(message):
+                return self._hand_out(message)
+            if time.monotonic() >= deadline:
                 return None
 
     def _look(self, deadline):
@@ -2729,7 +2713,7 @@ class _Listener(_base.PollStyleListener):
                 when = self._put_off[0][0]
                 if when <= time.monotonic():
                     return heapq.heappop(self._put_off)[-1], None, None
-                deadline = when if deadline is None else min(deadline, when)
+                deadline = min(deadline, when)
             return None, deadline, len(self._unsettled) >= self._limit
 
     def _wanted(self, message):
@@ -2750,20 +2734,8 @@ class _Listener(_base.PollStyleListener):
         return incoming
 
 
-def _connected(path):
-    """A socket; a full backlog raises BlockingIOError, and no wait."""
-    sock = _unix_socket()
-    try:
-        sock.setblocking(False)
-        sock.connect(path)
-        return sock
-    except OSError:
-        sock.close()
-        raise
-
-
 def _deadline(seconds):
-    return None if seconds is None else time.monotonic() + seconds
+    return math.inf if seconds is None else time.monotonic() + seconds
 
 
 class UnixTransportDriver(_base.BaseDriver):

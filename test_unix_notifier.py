@@ -2869,6 +2869,14 @@ class SubscribeTest(ConsumerTestCase):
             self.assertFalse(thread.is_alive())
             self.assertEqual([], list(stream))
 
+    def test_signal_that_closes_it_ends_the_iteration(self):
+        stream, service = self.connected()
+        self.addCleanup(signal.signal, signal.SIGALRM, signal.signal(
+            signal.SIGALRM, lambda *_: stream.close()))
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        self.assertEqual([], list(stream))
+        self.assertEqual(b'', service.recv(1))
+
     def test_forked_child_that_closes_it_does_the_parent_no_harm(self):
         stream, service = self.connected()
         self.assertIsNone(stream.take(time.monotonic() + 0.01))
@@ -3014,6 +3022,16 @@ class ListenerTest(ConsumerTestCase):
         listener.stop()
         self.assertEqual([1], self.numbers(listener.poll()))
         self.assertEqual([2], self.numbers(listener.poll()))
+        self.assertEqual([], listener.poll())
+
+    def test_poll_after_stop_ends_though_it_was_full(self):
+        listener = self.listener()
+        self.send(*range(150))
+        out = [listener.poll()[0] for _ in range(100)]
+        listener.stop()
+        self.assertEqual([], listener.poll())
+        out[0].acknowledge()
+        self.assertEqual([100], self.numbers(listener.poll()))
         self.assertEqual([], listener.poll())
 
     def test_stop_drops_what_was_requeued_and_says_so_once(self):

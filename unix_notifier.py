@@ -2370,8 +2370,8 @@ class _Subscription:
         self.path = _parse_path(path)
         self.line = b''         # what the last message was read from
         self._reconnect = reconnect
-        self._closed = False    # for good
-        self._reading = threading.RLock()   # by who reads, or closes
+        self.closed = False     # for good: no more will come
+        self._reading = threading.Lock()    # by who reads, or disconnects
         self._since = 0         # time.monotonic() when it connected
         self._buffer = _LineBuffer()
         self._lines = collections.deque()   # that came and were not taken
@@ -2386,12 +2386,11 @@ class _Subscription:
         return self
 
     def __next__(self):
-        while True:
+        while not self.closed:
             message = self.take()
             if message is not None:
                 return message
-            if self._closed:
-                raise StopIteration
+        raise StopIteration
 
     def __enter__(self):
         return self
@@ -2400,11 +2399,15 @@ class _Subscription:
         self.close()
 
     def close(self):
-        """End the subscription; an iteration in another thread ends, too."""
-        self._closed = True
+        """End the subscription; an iteration in another thread ends, too.
+
+        It does not wait for who reads: a signal's handler may have come amid.
+        """
+        self.closed = True
         self._waker.set()
-        with self._reading:
+        if self._reading.acquire(blocking=False):
             self._disconnect()
+            self._reading.release()
 
     def wake(self):
         """Have take() or wait(), now or the next time, return early."""
@@ -2413,24 +2416,23 @@ class _Subscription:
     def take(self, deadline=math.inf, paused=False):
         """The next message, or None: in time, or after wake(), there is none.
 
+        What had come before close() is still handed out.
+
         :param deadline: when to give up, by time.monotonic()
         :param paused: whether to wait for no message, only for wake()
         :raises: ValueError for a line that is too long, naming the limit
         """
+        message = None
         with self._reading:
-            while not self._closed:
-                while self._lines and not paused:
+            while message is None:
+                if self._lines and not paused:
                     self.line = self._lines.popleft()
                     message = self._parse(self.line)
-                    if message is not None:
-                        return message
-                if not self._wait(deadline, paused):
+                elif self.closed or not self._wait(deadline, paused):
                     break
-        return None
-
-    def held(self):
-        """Whether take() need not wait."""
-        return bool(self._lines)
+        if self.closed:
+            self.close()    # whoever called it found us reading
+        return message
 
     def _wait(self, deadline, paused):
         """Take in what comes, or try again; False after wake() or too late."""
@@ -2490,8 +2492,8 @@ class _Subscription:
     def _on_end(self):
         """The stream has ended. A line without its end is discarded."""
         self._disconnect()
-        if self._closed or not self._reconnect:
-            self._closed = True
+        if self.closed or not self._reconnect:
+            self.closed = True
             return
         # Unless it refuses us: it must not be asked, nor be logged, for ever.
         if time.monotonic() - self._since > _Backoff.MAX:
@@ -2624,7 +2626,6 @@ class _Listener(_base.PollStyleListener):
         self._unsettled = set()     # handed out, or put off
         self._put_off = []      # of those, a heap of (when, number, incoming)
         self._numbers = itertools.count()   # what is due at once, in order
-        self._stopped = False
 
     # Any thread. First the change, then the waking: poll() looks at what may
     # have changed after it has taken note that it was woken.
@@ -2636,30 +2637,26 @@ class _Listener(_base.PollStyleListener):
 
     def put_off(self, incoming):
         with self._lock:
-            if not self._stopped:
-                heapq.heappush(self._put_off, (
-                    _deadline(incoming.delay), next(self._numbers), incoming))
+            heapq.heappush(self._put_off, (
+                _deadline(incoming.delay), next(self._numbers), incoming))
         self._subscription.wake()
-        if self._stopped:
-            self._drop_requeued(1)
+        if self._subscription.closed:
+            self.stop()
 
     def stop(self):
-        """Have poll() return what it holds, and no more than has come."""
-        with self._lock:
-            self._stopped = True
-            dropped, self._put_off = len(self._put_off), []
-        self._subscription.wake()
-        if dropped:
-            self._drop_requeued(dropped)
+        """Have poll() return what it holds, and no more than has come.
 
-    def _drop_requeued(self, dropped):
-        self._subscription.say_once(
-            logging.WARNING, 'the listener stops; what was requeued (%d) is '
-            'dropped', dropped)
-
-    def cleanup(self):
-        self.stop()
+        The connection goes now: designate-sink never calls cleanup().
+        """
         self._subscription.close()
+        with self._lock:
+            dropped, self._put_off = len(self._put_off), []
+        if dropped:
+            self._subscription.say_once(
+                logging.WARNING, 'the listener stops; what was requeued (%d) '
+                'is dropped', dropped)
+
+    cleanup = stop
 
     # The thread that polls.
 
@@ -2673,9 +2670,6 @@ class _Listener(_base.PollStyleListener):
         except Exception:
             LOG.exception('Notifications from %s', self._subscription.path)
             time.sleep(_Backoff.MAX)
-        if self._stopped and not batch:
-            # Now, for designate-sink never calls cleanup().
-            self._subscription.close()
         return batch
 
     def _collect(self, batch, timeout, batch_size, batch_timeout):
@@ -2696,14 +2690,11 @@ class _Listener(_base.PollStyleListener):
             incoming, until, full = self._look(deadline)
             if incoming is not None:
                 return incoming
-            if self._stopped:
-                if full or not self._subscription.held():
-                    return None
-                until = _deadline(0)
             message = self._subscription.take(until, paused=full)
             if message is not None and self._wanted(message):
                 return self._hand_out(message)
-            if time.monotonic() >= deadline:
+            if message is None and self._subscription.closed or (
+                    time.monotonic() >= deadline):
                 return None
 
     def _look(self, deadline):

@@ -2628,6 +2628,7 @@ class ConsumerTestCase(base.BaseTestCase):
         self.directory = self.useFixture(fixtures.TempDir()).path
         self.path = os.path.join(self.directory, 's')
         self.log = self.useFixture(fixtures.FakeLogger(level=logging.INFO))
+        self.addCleanup(unix_notifier._warn_once.cache_clear)
 
     def serve(self):
         listener = listen(self.path)
@@ -3084,7 +3085,6 @@ class ListenerTest(ConsumerTestCase):
         self.assertEqual({}, incoming.ctxt)
 
     def test_filter_on_the_context_is_warned_of_once(self):
-        self.addCleanup(setattr, unix_notifier._NoContext, 'warned', False)
         listener = self.listener()
         self.send(1, 2)
         rule = oslo_messaging.NotificationFilter(context={'tenant': '^x$'})

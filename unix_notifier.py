@@ -2358,7 +2358,7 @@ _base = importutils.try_import(
                           PollStyleListener=object))
 
 
-class _Subscription:
+class _Subscription(abc.Iterator):
     """A socket that is followed; what subscribe() returns.
 
     One thread reads. close() and wake() are for any.
@@ -2373,7 +2373,6 @@ class _Subscription:
         self.closed = False     # for good: no more will come
         self._reading = threading.Lock()    # by who reads, or disconnects
         self._since = 0         # time.monotonic() when it connected
-        self._buffer = _LineBuffer()
         self._lines = collections.deque()   # that came and were not taken
         self._retry = _Backoff()    # its delay outlasts a connection
         self._told = set()      # what was logged and need not be again
@@ -2381,9 +2380,6 @@ class _Subscription:
         self._lost_told = -math.inf     # time.monotonic() when it was logged
         self._waker = _Event()
         self._connect()
-
-    def __iter__(self):
-        return self
 
     def __next__(self):
         while not self.closed:
@@ -2470,31 +2466,30 @@ class _Subscription:
             self._retry.fail()
             self.say_once(logging.INFO, 'waiting for it: %s', error.strerror)
             return
+        self._buffer = _LineBuffer()
         self._since = time.monotonic()
         self.say_once(logging.INFO, 'connected')
 
     def _receive(self):
         try:
             block = self._buffer.receive(self._sock)
+            self._buffer.check(_LINE_MAX)
         except OSError:     # reset: it closed, and had not read all we sent
             block = None
-        if block is None:
-            self._on_end()
-            return
-        try:
-            self._buffer.check(_LINE_MAX)
         except ValueError as error:
             self._on_end()
             raise ValueError('%s: %s' % (self.path, error))
-        # Not splitlines(), which would split at a carriage return, too.
-        self._lines.extend(block.split(b'\n')[:-1])
+        if block is None:
+            self._on_end()
+        else:
+            # Not splitlines(), which would split at a carriage return, too.
+            self._lines.extend(block.split(b'\n')[:-1])
 
     def _on_end(self):
         """The stream has ended. A line without its end is discarded."""
         self._disconnect()
-        if self.closed or not self._reconnect:
+        if not self._reconnect:
             self.closed = True
-            return
         # Unless it refuses us: it must not be asked, nor be logged, for ever.
         if time.monotonic() - self._since > _Backoff.MAX:
             self._retry.clear()
@@ -2503,7 +2498,6 @@ class _Subscription:
         self.say_once(logging.INFO, 'disconnected')
 
     def _disconnect(self):
-        self._buffer = _LineBuffer()
         if self._sock is not None:
             self._sock.close()  # no shutdown: it may be a forked child's copy
             self._sock = None
@@ -2582,17 +2576,17 @@ def subscribe(path, *, reconnect=True):
 
 # -- the transport ----------------------------------------------------------
 
+@functools.cache
+def _warn_once(text):
+    LOG.warning('A unix:// transport ' + text)
+
+
 class _NoContext(dict):
     """The request context, which is not sent; says so if a filter asks."""
 
-    warned = False
-
     def __contains__(self, key):
-        if not _NoContext.warned:
-            _NoContext.warned = True
-            LOG.warning('Notifications from a unix:// transport come without '
-                        'the request context: a filter on it (%s) never '
-                        'matches', key)
+        _warn_once('does not carry the request context: a filter on it (%s) '
+                   'never matches' % key)
         return False
 
 
@@ -2624,8 +2618,7 @@ class _Listener(_base.PollStyleListener):
         self._subscription = _Subscription(path)
         self._lock = threading.Lock()   # guards what follows
         self._unsettled = set()     # handed out, or put off
-        self._put_off = []      # of those, a heap of (when, number, incoming)
-        self._numbers = itertools.count()   # what is due at once, in order
+        self._put_off = []      # of those, a heap of (when, its id, incoming)
 
     # Any thread. First the change, then the waking: poll() looks at what may
     # have changed after it has taken note that it was woken.
@@ -2638,7 +2631,7 @@ class _Listener(_base.PollStyleListener):
     def put_off(self, incoming):
         with self._lock:
             heapq.heappush(self._put_off, (
-                _deadline(incoming.delay), next(self._numbers), incoming))
+                _deadline(incoming.delay), id(incoming), incoming))
         self._subscription.wake()
         if self._subscription.closed:
             self.stop()
@@ -2662,9 +2655,17 @@ class _Listener(_base.PollStyleListener):
 
     def poll(self, timeout=None, batch_size=1, batch_timeout=None):
         """See PollStyleListener. Without batch_size: whatever has come."""
-        batch = []
+        if batch_size is None and batch_timeout is None:
+            batch_timeout = 0
+        batch, deadline = [], _deadline(timeout)
         try:
-            self._collect(batch, timeout, batch_size, batch_timeout)
+            while len(batch) < (batch_size or self._limit):
+                incoming = self._next(deadline)
+                if incoming is None:
+                    break
+                batch.append(incoming)
+                if len(batch) == 1 and batch_timeout is not None:
+                    deadline = _deadline(batch_timeout)
         except ValueError as error:     # the line is too long; it reconnects
             LOG.warning('Notifications: %s', error)
         except Exception:
@@ -2672,42 +2673,25 @@ class _Listener(_base.PollStyleListener):
             time.sleep(_Backoff.MAX)
         return batch
 
-    def _collect(self, batch, timeout, batch_size, batch_timeout):
-        deadline = _deadline(timeout)
-        while len(batch) < (batch_size or self._limit):
-            incoming = self._next(deadline)
-            if incoming is None:
-                return
-            batch.append(incoming)
-            if len(batch) == 1 and batch_timeout is not None:
-                deadline = _deadline(batch_timeout)
-            elif batch_size is None and batch_timeout is None:
-                deadline = _deadline(0)
-
     def _next(self, deadline):
         """What to hand out next, or None: it is too late, or stopped."""
         while True:
-            incoming, until, full = self._look(deadline)
-            if incoming is not None:
+            with self._lock:
+                full = len(self._unsettled) >= self._limit
+                due = self._put_off[0][0] if self._put_off else math.inf
+                if due <= time.monotonic():
+                    return heapq.heappop(self._put_off)[-1]
+            message = self._subscription.take(min(deadline, due), paused=full)
+            if message is None:
+                if self._subscription.closed or time.monotonic() >= deadline:
+                    return None
+            elif self._is_wanted(message):
+                incoming = _Incoming(self, message)
+                with self._lock:
+                    self._unsettled.add(incoming)
                 return incoming
-            message = self._subscription.take(until, paused=full)
-            if message is not None and self._wanted(message):
-                return self._hand_out(message)
-            if message is None and self._subscription.closed or (
-                    time.monotonic() >= deadline):
-                return None
 
-    def _look(self, deadline):
-        """What was put off until now; else until when to wait, how."""
-        with self._lock:
-            if self._put_off:
-                when = self._put_off[0][0]
-                if when <= time.monotonic():
-                    return heapq.heappop(self._put_off)[-1], None, None
-                deadline = min(deadline, when)
-            return None, deadline, len(self._unsettled) >= self._limit
-
-    def _wanted(self, message):
+    def _is_wanted(self, message):
         if message.get('event_type') == _REFUSED:
             return False        # it was logged
         if isinstance(message.get('priority'), str):
@@ -2717,12 +2701,6 @@ class _Listener(_base.PollStyleListener):
             logging.WARNING, 'dropped, for it has no priority: %.80r',
             self._subscription.line)
         return False
-
-    def _hand_out(self, message):
-        incoming = _Incoming(self, message)
-        with self._lock:
-            self._unsettled.add(incoming)
-        return incoming
 
 
 def _deadline(seconds):
@@ -2759,7 +2737,6 @@ class UnixTransportDriver(_base.BaseDriver):
             self._path = _parse_path(str(url))
         except ValueError as error:
             raise oslo_messaging.InvalidTransportURL(str(url), str(error))
-        self._warned = set()
 
     def require_features(self, requeue=False):
         """Whatever a listener may ask for is there."""
@@ -2776,23 +2753,17 @@ class UnixTransportDriver(_base.BaseDriver):
 
     def send_notification(self, target, ctxt, message, version, retry):
         """Drop it: who publishes is the driver of a Notifier."""
-        self._warn_once('A unix:// transport does not send notifications, '
-                        'which are dropped; use driver = unix')
+        _warn_once('does not send notifications, which are dropped; use '
+                   'driver = unix')
 
     def listen_for_notifications(self, targets_and_priorities, pool,
                                  batch_size, batch_timeout):
         """A listener, already connected if the service is there."""
         if pool:
-            self._warn_once('A unix:// transport sends everything to every '
-                            'listener; only one process of a pool gets it as '
-                            'pools mean it')
+            _warn_once('sends everything to every listener; only one process '
+                       'of a pool gets it as pools mean it')
         return _base.PollStyleListenerAdapter(
             _Listener(self._path, batch_size), batch_size, batch_timeout)
-
-    def _warn_once(self, text):
-        if text not in self._warned:
-            self._warned.add(text)
-            LOG.warning(text)
 
     def cleanup(self):
         """Nothing is held; listeners are cleaned up by their servers."""

@@ -2791,16 +2791,14 @@ def _text(message):
     inner = payload if isinstance(payload, dict) else {}
     inner = next((inner[key] for key in inner if key.endswith('_object.data')
                   and isinstance(inner[key], dict)), inner)
-    fields = [message.get(key) for key in (
-        'timestamp', 'priority', 'event_type', 'publisher_id')]
+    ids = [inner[key] for key in _ID_KEYS if isinstance(inner.get(key), str)]
     if message.get('event_type') in (_LOST, _REFUSED):
         ids = [json.dumps(payload)]
-    else:
-        ids = [inner[key] for key in _ID_KEYS
-               if isinstance(inner.get(key), str)][:1]
+    fields = [message.get(key) for key in (
+        'timestamp', 'priority', 'event_type', 'publisher_id')]
     # On its line, and harmless to a terminal, whatever was emitted.
     return ''.join(each if each.isprintable() else ascii(each)[1:-1]
-                   for each in '  '.join(map(str, fields + ids)))
+                   for each in '  '.join(map(str, fields + ids[:1])))
 
 
 def _arguments(argv):
@@ -2812,7 +2810,7 @@ def _arguments(argv):
     parser.add_argument('path', metavar='PATH', help='as in sock_path')
     parser.add_argument('--event-type', metavar='REGEX', default='',
                         help='only event types in which REGEX is found')
-    parser.add_argument('--count', metavar='N', type=int, default=math.inf,
+    parser.add_argument('--count', metavar='N', type=int, default=sys.maxsize,
                         help='end after N notifications')
     parser.add_argument('--text', action='store_true', help='print time, '
                         'priority, event type, publisher, and an id')
@@ -2820,21 +2818,19 @@ def _arguments(argv):
     try:
         arguments.path = _parse_path(arguments.path)
         arguments.event_type = re.compile(arguments.event_type)
-        arguments.count = _at_least(1)(arguments.count)
+        _at_least(1)(arguments.count)
     except (ValueError, re.error) as error:
         parser.error(error)
     return arguments
 
 
 def _print(stream, arguments):
-    for message in stream:
-        if arguments.event_type.search(str(message.get('event_type'))):
-            line = _text(message).encode() if arguments.text else stream.line
-            sys.stdout.buffer.write(line + b'\n')
-            sys.stdout.buffer.flush()
-            arguments.count -= 1
-            if not arguments.count:
-                break
+    chosen = (message for message in stream if arguments.event_type.search(
+        str(message.get('event_type'))))
+    for message in itertools.islice(chosen, arguments.count):
+        line = _text(message).encode() if arguments.text else stream.line
+        sys.stdout.buffer.write(line + b'\n')
+        sys.stdout.buffer.flush()
 
 
 def _close_unread(stream):
@@ -2848,8 +2844,7 @@ def _close_unread(stream):
 def main(argv=None):
     """Follow a socket: see ``--help``. Returns the exit status."""
     arguments = _arguments(argv)
-    LOG.addHandler(logging.StreamHandler())
-    LOG.setLevel(logging.INFO)
+    logging.basicConfig(format='%(message)s', level=logging.INFO)
     try:
         with subscribe(arguments.path) as stream:
             threading.Thread(target=_close_unread, args=(stream,),

@@ -2406,7 +2406,7 @@ class _Subscription(abc.Iterator):
             self._reading.release()
 
     def wake(self):
-        """Have take() or wait(), now or the next time, return early."""
+        """Have take(), now or the next time it would wait, return early."""
         self._waker.set()
 
     def take(self, deadline=math.inf, paused=False):
@@ -2435,8 +2435,8 @@ class _Subscription(abc.Iterator):
         if self._sock is None and time.monotonic() >= self._retry.at:
             self._connect()
             return True
-        # Made anew, and not of epoll, which a forked child would share: its
-        # close() would have us wait for ever. Without poll(): eventlet.
+        # Not epoll, which a forked child shares: what it took out there, when
+        # it closed its copy, we would await for ever. eventlet has no poll().
         selector = getattr(selectors, 'PollSelector',
                            selectors.DefaultSelector)()
         selector.register(self._waker, selectors.EVENT_READ)
@@ -2455,6 +2455,7 @@ class _Subscription(abc.Iterator):
         return bool(ready) or time.monotonic() < deadline
 
     def _connect(self):
+        self._buffer = _LineBuffer()
         try:
             self._sock = _unix_socket()
             self._sock.setblocking(False)   # connect() would await a backlog
@@ -2466,7 +2467,6 @@ class _Subscription(abc.Iterator):
             self._retry.fail()
             self.say_once(logging.INFO, 'waiting for it: %s', error.strerror)
             return
-        self._buffer = _LineBuffer()
         self._since = time.monotonic()
         self.say_once(logging.INFO, 'connected')
 
@@ -2556,8 +2556,9 @@ def subscribe(path, *, reconnect=True):
     why the service has closed the connection. Lines that are no JSON
     objects are dropped, and logged once.
 
-    Leaving the loop closes the socket; so do ``close()``, from any thread,
-    and the end of a ``with`` block. Not to be shared with a forked child.
+    Leaving the loop closes the socket; so do ``close()``, from any thread or
+    a signal's handler, and the end of a ``with`` block. A forked child may
+    close its copy, and no more.
 
     :param path: absolute path of the socket, or a ``unix://`` URI of it
     :type path: str

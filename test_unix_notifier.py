@@ -259,6 +259,9 @@ class FakeSocket:
         self.room -= sent
         return sent
 
+    def send(self, data, flags):
+        return self.sendmsg([data], (), flags)
+
 
 class FakeListener:
     """A listener whose accept() does what the script says, then works.

@@ -49,6 +49,9 @@ class Socket:
         self.data += data
         return len(data)
 
+    def send(self, data, flags):
+        return self.sendmsg([data], (), flags)
+
 
 def account(lines, number):
     """The number of the notification after the last of the lines.

@@ -86,7 +86,6 @@ class Service(publisher.Service):
         super().__init__(config_file)
         self.servers = []
         self.endpoints = []
-        self.streams = []
 
     def listen(self, url, batch=None, fixture=False, **kwargs):
         """Start a listener; it is the next in number, from 0 on.

@@ -416,10 +416,7 @@ class Soak:
         self.say('%7.2f  %s' % (time.monotonic() - self.start, text % args))
 
     def began(self):
-        return self._read(shared.BEGAN)
-
-    def _read(self, which):
-        return self.numbers[which:(self.slots + 1) * shared.SLOT:
+        return self.numbers[shared.BEGAN:(self.slots + 1) * shared.SLOT:
                             shared.SLOT].tolist()
 
     def new_slot(self, user):

@@ -22,28 +22,100 @@ import subprocess
 import sys
 import uuid
 
+import fixtures
 from oslotest import base as test_base
 from testtools import content
 
 import base
 import soak
 
-SOAK = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'soak.py')
+# soak.py with another program for its processes, which comes first.
+SOAK = """
+import sys
+import soak
+soak.SOAK_PUBLISHER = sys.argv.pop(1)
+sys.exit(soak.main())
+"""
+# Such a program: every hundredth notify() does more than it should, or less.
+# The driver is imported no sooner than it would be, or its exit handler would
+# come after what takes its time.
+BROKEN = """
+import itertools
+import os
+import time
+import publisher
+import soak_publisher
+
+calls, kept = itertools.count(1), []
+
+
+class Service(soak_publisher.Service):
+
+    def load(self):
+        import unix_notifier
+        notify = unix_notifier.UnixDriver.notify
+
+        def broken(*arguments):
+            if next(calls) %% 100:
+                return notify(*arguments)
+            %s
+
+        unix_notifier.UnixDriver.notify = broken
+        super().load()
+
+
+publisher.main(Service)
+"""
 
 
 class SoakTest(test_base.BaseTestCase):
 
     DEFAULT_TIMEOUT = 90
 
-    def test_smoke(self):
-        """One settlement of each kind, and the one at the start."""
+    def _soak(self, program=soak.SOAK_PUBLISHER):
+        """One settlement at the start, and one of each kind."""
         done = subprocess.run(
-            [sys.executable, SOAK, '--seconds', '1', '--seed', '1'],
+            [sys.executable, '-c', SOAK, program, '--seconds', '1',
+             '--seed', '1'],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            timeout=80)
+            timeout=80, env=dict(os.environ, PYTHONPATH=os.pathsep.join([
+                os.path.dirname(soak.__file__),
+                os.environ.get('PYTHONPATH', '')])))
         self.addDetail('output', content.text_content(done.stdout))
+        return done
+
+    def test_smoke(self):
+        done = self._soak()
         self.assertEqual(0, done.returncode)
         self.assertEqual(3, done.stdout.count('settled:'))
+
+    def _assert_found(self, fault, complaint):
+        program = os.path.join(self.useFixture(fixtures.TempDir()).path,
+                               'broken.py')
+        with open(program, 'w') as file:
+            file.write(BROKEN % fault)
+        done = self._soak(program)
+        self.assertEqual(1, done.returncode)
+        self.assertRegex(done.stdout, 'VIOLATED .*' + complaint)
+
+    def test_silent_loss_is_found(self):
+        self._assert_found('pass', 'reported lost')
+
+    def test_repetition_is_found(self):
+        self._assert_found('notify(*arguments); notify(*arguments)',
+                           'came twice')
+
+    def test_blocked_call_is_found(self):
+        self._assert_found('time.sleep(0.1); notify(*arguments)',
+                           'was blocked for')
+
+    def test_growing_memory_is_found(self):
+        self._assert_found('kept.append(b"x" * 2 ** 22); notify(*arguments)',
+                           'grew from')
+
+    def test_leaking_descriptors_are_found(self):
+        self._assert_found('os.dup(0); notify(*arguments)',
+                           'at most .* descriptors')
 
 
 class LedgerTest(test_base.BaseTestCase):

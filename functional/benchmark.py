@@ -11,43 +11,40 @@
 #    under the License.
 
 """
-What a notification costs, beside yardsticks that run at the same time.
+What a notification costs, beside peers and yardsticks that run with it.
 
 It is no test: a target that is missed is printed as missed, and the exit
 status is 0. How it measures:
 
 * The messages are the real ones of ``notifications.ndjson``, about 1 KB each.
-  What is timed is the driver's ``notify()``, in which drivers differ. The
-  yardsticks are the log driver with a NullHandler, as it is and less its
-  masking, and ``json.dumps()`` alone.
-* A *burst* is BURST calls back to back (2.2 MB, which fits in the buffer),
-  after which every subscriber is drained before the next begins. Its cost is
-  the mean of a call on the clock of the caller: it includes what the driver's
-  thread takes from the caller meanwhile.
-* One publisher process holds everything that is compared, each with a socket
-  and subscribers of its own, and does one burst of each in turn. Ratios are
-  taken within such a round, so that the drift of a shared machine cancels.
-  Printed are the median of the rounds, the lowest and the highest. On a
-  machine that is busy with other things even ratios mean little.
-* The subscribers of a socket share one process, which reads and counts. A
-  hundred Python processes on a few cores would measure the scheduler.
+  Each system publishes them in a process of its own, as peers.py says.
+* A *burst* is calls back to back, after which every subscriber is drained
+  before the next begins. Its cost is the mean of a call on the clock of the
+  caller: it includes what a thread of the system takes from the caller
+  meanwhile. *Paced*, each call is timed alone, and each message on its way.
+* All that is compared does its part in turn in each round, while the others
+  are idle. Ratios are taken within a round, so that the drift of a shared
+  machine cancels; the first round is for warming up. Printed are the median
+  of the rounds, the lowest and the highest. On a machine that is busy with
+  other things even ratios mean little.
+* The subscribers of a publisher share one process, which waits for all of
+  them at once and only counts, or looks at time stamps. A hundred Python
+  processes on a few cores would measure the scheduler.
 
-A new system is a class as those in SYSTEMS, a new point is a generator of
+A new system is a class as those in peers.py, a new point is a generator of
 rows as those in POINTS.
 """
 
 import argparse
 import collections
 import contextlib
-import functools
 import glob
 import itertools
 import json
-import logging
 import multiprocessing
 import os
 import platform
-import selectors
+import signal
 import socket
 import statistics
 import sys
@@ -58,114 +55,22 @@ import types
 
 from oslo_config import cfg
 import oslo_messaging
-from oslo_messaging.notify import _impl_log
 
 import peers
 import unix_notifier
 
-BURST = 2000            # calls
+COUNTS = 1, 10, 100     # subscribers
+BURST = 2000            # calls, of which nothing is lost
+PACED, RATE = 500, 1000     # calls, at so many a second
+MANY = 20000            # calls flat out
 LAG = 200000            # calls while a subscriber does not read
-RATE = 5000             # of them a second, with a healthy one beside it
 IDLE = 10               # seconds
-PACE = 500              # calls a second, whose way is timed
 WORKERS = 8             # processes that share a path
-PATIENCE = 5            # seconds without progress, after which it is lost
-MIB = 1024 * 1024
-BUFFER = 8 * MIB
+BUFFER = 8 * peers.MIB
+# What subscribers may come to at any time.
+QUEUES = *peers.OURS, 'zmq', 'nng'
 
 _CONTEXT = multiprocessing.get_context('spawn')
-
-
-def messages():
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)),
-                        'notifications.ndjson')
-    with open(path, encoding='ascii') as lines:
-        return [json.loads(line) for line in lines]
-
-
-def cycle(items, count):
-    return itertools.islice(itertools.cycle(items), count)
-
-
-# -- systems: what is measured ----------------------------------------------
-
-class Json:
-    """Encoding alone, which nobody can do without."""
-
-    def publisher(self, path):
-        """What the publisher calls, with ``arguments()``."""
-        return json.dumps
-
-    def arguments(self, message):
-        return message,
-
-
-class Log:
-    """The log driver, which masks and encodes, then logs into the void."""
-
-    def publisher(self, path):
-        logger = logging.getLogger(_impl_log.LogDriver.LOGGER_BASE)
-        logger.handlers[:] = [logging.NullHandler()]
-        logger.setLevel(logging.DEBUG)
-        logger.propagate = False
-        return _impl_log.LogDriver(None, [], None).notify
-
-    def arguments(self, message):
-        return {}, message, message['priority'], None
-
-
-class LogUnmasked(Log):
-    """The log driver less its masking."""
-
-    def publisher(self, path):
-        notify = super().publisher(path)
-        unmasked = types.SimpleNamespace(mask_dict_password=lambda each: each)
-        return functools.partial(types.FunctionType(
-            notify.__func__.__code__,
-            dict(vars(_impl_log), strutils=unmasked)), notify.__self__)
-
-
-class Unix(Log):
-    """The driver of this project."""
-
-    buffer = BUFFER
-
-    def publisher(self, path):
-        conf = cfg.ConfigOpts()
-        conf([], default_config_files=[])
-        unix_notifier.register_opts(conf)
-        for name, value in (('sock_path', path),
-                            ('sock_buffer_size', self.buffer),
-                            ('sock_max_subscribers', 100)):
-            conf.set_override(name, value, 'oslo_messaging_notifications')
-        return unix_notifier.UnixDriver(conf).notify
-
-    def subscriber(self, path):
-        """A connection, once the publisher's thread listens."""
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            sock = socket.socket(socket.AF_UNIX)
-            if not sock.connect_ex(path):
-                return sock
-            sock.close()
-            if time.monotonic() > deadline:
-                raise TimeoutError(path)
-            time.sleep(0.01)
-
-
-class Follower(Unix):
-    """The same, in a process that does not serve the path itself."""
-
-
-class Lossless(Unix):
-    """The same, with a buffer that holds all there will be."""
-
-    buffer = 32 * BUFFER
-
-
-SYSTEMS = {'lossless': Lossless(), 'json': Json(), 'log': Log(),
-           'log unmasked': LogUnmasked(),
-           'unix': Unix(), 'follower': Follower()}
 
 
 # -- processes --------------------------------------------------------------
@@ -205,257 +110,73 @@ def _serve(cls, pipe):
             pipe.send(getattr(served, name)(*arguments))
 
 
-class Publisher:
-    """Calls, and times its calls."""
-
-    def __init__(self):
-        self._calls = {}
-        # What the driver logs would get among our output.
-        logging.getLogger().addHandler(logging.NullHandler())
-
-    def open(self, label, system, path):
-        system = SYSTEMS[system]
-        self._calls[label] = (system.publisher(path), list(
-            map(system.arguments, messages())))
-
-    def burst(self, label, count):
-        """Seconds that a call takes, back to back."""
-        call, arguments = self._calls[label]
-        start = time.perf_counter()
-        for each in cycle(arguments, count):
-            call(*each)
-        return (time.perf_counter() - start) / count
-
-    def paced(self, label, count, rate):
-        """Call so many times a second."""
-        call, arguments = self._calls[label]
-        start = time.monotonic()
-        for number, each in enumerate(cycle(arguments, count)):
-            delay = start + number / rate - time.monotonic()
-            if delay > 0:
-                time.sleep(delay)
-            call(*each)
-
-    def stamped(self, label, count):
-        """Call PACE times a second, and say when in the message."""
-        call, arguments = self._calls[label]
-        for ctxt, message, priority, retry in cycle(arguments, count):
-            time.sleep(1 / PACE)
-            call(ctxt, dict(message, timestamp=repr(time.monotonic())),
-                 priority, retry)
-
-    def memory(self):
-        """Bytes of memory; the peak counts from here on."""
-        with open('/proc/self/clear_refs', 'w') as control:
-            control.write('5')
-        return self.peak()      # for now they are the same
-
-    def peak(self):
-        with open('/proc/self/status') as status:
-            fields = dict(line.split(':', 1) for line in status)
-        return int(fields['VmHWM'].split()[0]) * 1024
-
-
-class Subscribers:
-    """Any number of connections to one path, and what each received."""
-
-    def open(self, system, path, count, reads):
-        self._socks = [SYSTEMS[system].subscriber(path)
-                       for _ in range(count)]
-        self._received = [0] * count
-        self._first = self._last = None
-        if reads:
-            threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self):
-        buffer, selector = bytearray(MIB), selectors.DefaultSelector()
-        for number, sock in enumerate(self._socks):
-            selector.register(sock, selectors.EVENT_READ, number)
-        while selector.get_map():
-            for key, _mask in selector.select():
-                size = key.fileobj.recv_into(buffer)
-                self._received[key.data] += size
-                self._last = time.monotonic()
-                self._first = self._first or self._last
-                if not size:
-                    selector.unregister(key.fileobj)
-
-    def lack(self, total):
-        """Wait until each received so many bytes; how many one lacks."""
-        before, since = None, time.monotonic()
-        while min(self._received) < total:
-            if sum(self._received) != before:
-                before, since = sum(self._received), time.monotonic()
-            elif time.monotonic() - since > PATIENCE:
-                break
-            time.sleep(0.002)
-        return total - min(self._received)
-
-    def rate(self):
-        """Bytes a second that came, from the first to the last."""
-        return self._received[0] / (self._last - self._first)
-
-    def delays(self, count):
-        """Seconds since they were called, of lines that come stamped."""
-        delays = []
-        for line in self._socks[0].makefile('rb'):
-            now = time.monotonic()
-            delays.append(now - float(json.loads(line)['timestamp']))
-            if len(delays) == count:
-                return delays
-
-
 class Bench(contextlib.ExitStack):
     """Makes processes and paths, all gone when it is left."""
 
     def __init__(self, rounds):
         super().__init__()
-        self._rounds = rounds
+        self.rounds = rounds
         self._directory = self.enter_context(tempfile.TemporaryDirectory())
         self._numbers = itertools.count()
-        self._sizes = [len(json.dumps(each)) + 1 for each in messages()]
 
     def path(self):
         return os.path.join(self._directory, str(next(self._numbers)))
 
     def apart(self):
         """Another, whose processes are gone sooner."""
-        return Bench(self._rounds)
-
-    @staticmethod
-    def progress(text):
-        progress(text)
+        return Bench(self.rounds)
 
     def remote(self, cls):
         return self.enter_context(contextlib.closing(Remote(cls)))
 
-    def publish(self, system, path):
-        """A publisher that is warm."""
-        publisher = self.remote(Publisher)
-        publisher.open(system, system, path)
-        publisher.burst(system, 100)
-        return publisher
+    def pair(self, system, count, large=True):
+        """A publisher and its subscribers, all of whom are seen to receive.
 
-    def lead(self, system, path):
-        """For a follower, have another process serve the path."""
+        :param large: whether all of a burst has to be kept
+        """
+        path = self.path()
         if system == 'follower':
-            self.publish('unix', path)
-            SYSTEMS['unix'].subscriber(path).close()
+            self.remote(peers.Publisher).open('unix', path, 0, large)
+            peers.Unix().subscriber(path, 0).close()    # it is served
+        publisher = self.remote(peers.Publisher)
+        subscribers = self.remote(peers.Subscribers)
+        publisher.begin('open', system, path, count, large)
+        subscribers.begin('open', system, path, count)
+        publisher.end()
+        if system == 'floor':
+            publisher.burst(1)      # accepts them
+        subscribers.end()
+        for _ in range(50):
+            publisher.burst(1)      # ZeroMQ's and nng's come when they come
+            if subscribers.take(count, 0.2)[1] >= count:
+                break
+        else:
+            raise RuntimeError('%s: not all is received' % system)
+        subscribers.take(10 ** 9, 0.1)      # what came late
+        return publisher, subscribers
 
-    def subscribe(self, system, path, count=1, reads=True):
-        subscribers = self.remote(Subscribers)
-        subscribers.open(system, path, count, reads)
-        return subscribers
-
-    def size(self, calls):
-        """Bytes that a subscriber receives for so many calls."""
-        return sum(cycle(self._sizes, calls))
-
-    def compare(self, cases):
-        """Microseconds that a call takes in each case, in each round.
+    def compare(self, cases, measure):
+        """What each costs, by what was measured, by label, by round.
 
         :param cases: by label, a system and a number of subscribers
+        :param measure: yields (what, value) for a publisher, its subscribers
+                        and their number
         """
-        publisher, subscribers = self.remote(Publisher), {}
-        for label, (system, count) in cases.items():
-            path = self.path()
-            self.lead(system, path)
-            publisher.open(label, system, path)
-            if count:
-                subscribers[label] = self.subscribe(system, path, count)
-        costs = collections.defaultdict(list)
-        for number in range(1 + self._rounds):
-            progress('round %d of %d' % (number, self._rounds))
-            for label in cases:
-                costs[label].append(publisher.burst(label, BURST) * 1e6)
-                if label in subscribers and subscribers[label].lack(
-                        self.size(BURST) * (number + 1)):
-                    raise RuntimeError('%s: not all was received' % label)
-        return {label: each[1:] for label, each in costs.items()}  # the warm
-
-
-# -- points -----------------------------------------------------------------
-
-Row = collections.namedtuple('Row', 'what values unit limit')
-
-
-def rows(costs, limits):
-    """The costs, and their ratios to others with the target, if any."""
-    for label, values in costs.items():
-        yield Row(label, values, 'us', None)
-    for (label, base), limit in limits.items():
-        yield Row('%s / %s' % (label, base), [
-            one / other for one, other in zip(costs[label], costs[base])],
-            '', limit)
-
-
-YARDSTICKS = {'json': ('json', 0), 'log': ('log', 0),
-              'log unmasked': ('log unmasked', 0)}
-
-
-def nobody(bench):
-    """One call with nobody connected."""
-    costs = bench.compare(dict(YARDSTICKS, nobody=('unix', 0)))
-    return rows(costs, {('nobody', 'log'): 0.01,
-                        ('nobody', 'log unmasked'): None})
-
-
-def one(bench):
-    """A burst with one subscriber."""
-    costs = bench.compare(dict(YARDSTICKS, one=('unix', 1)))
-    return rows(costs, {('one', 'log'): 0.15,
-                        ('one', 'log unmasked'): None,
-                        ('one', 'json'): 1.5})
-
-
-def hundred(bench):
-    """A burst with a hundred subscribers."""
-    costs = bench.compare({'one': ('unix', 1), 'hundred': ('unix', 100)})
-    return rows(costs, {('hundred', 'one'): 1.3})
-
-
-def stopped(bench):
-    """A subscriber that never reads, with a healthy one beside it."""
-    path = bench.path()
-    publisher = bench.publish('unix', path)
-    healthy = bench.subscribe('unix', path)
-    before = publisher.memory()
-    bench.subscribe('unix', path, reads=False)
-    progress('%d calls at %d/s' % (LAG, RATE))
-    publisher.paced('unix', LAG, RATE)
-    yield growth('at %d/s' % RATE, before, publisher)
-    yield Row('healthy one lacks', [healthy.lack(bench.size(LAG))], 'bytes',
-              0)
-
-
-def flat_out(bench):
-    """A subscriber that never reads, and a publisher that never rests."""
-    path = bench.path()
-    publisher = bench.publish('unix', path)
-    before = publisher.memory()
-    bench.subscribe('unix', path, reads=False)
-    progress('%d calls' % LAG)
-    publisher.burst('unix', LAG)
-    yield growth('flat out', before, publisher)
-
-
-def growth(what, before, publisher):
-    return Row('memory grows, ' + what, [(publisher.peak() - before) / MIB],
-               'MiB', BUFFER // MIB + 4)
-
-
-def idle(bench):
-    """Nothing to do, with one subscriber."""
-    path = bench.path()
-    publisher = bench.publish('unix', path)
-    bench.subscribe('unix', path)
-    publisher.burst('unix', 100)
-    time.sleep(2)
-    before = switches(publisher.process.pid)
-    progress('%d seconds' % IDLE)
-    time.sleep(IDLE)
-    yield Row('context switches in %d s' % IDLE,
-              [switches(publisher.process.pid) - before], '', 0)
+        costs = collections.defaultdict(
+            lambda: collections.defaultdict(dict))
+        with self.apart() as apart:
+            pairs = {}
+            for label, (system, count) in cases.items():
+                progress(label)
+                pairs[label] = (*apart.pair(system, count), count)
+            for number in range(1 + self.rounds):
+                for label, pair in pairs.items():
+                    progress('%s, round %d of %d' % (
+                        label, number, self.rounds))
+                    for what, value in measure(*pair):
+                        if number:      # else it is the warm-up
+                            costs[what][label][number] = value
+        return costs
 
 
 def switches(pid):
@@ -468,57 +189,250 @@ def switches(pid):
     return count
 
 
-def follower(bench):
-    """A call in a process that does not serve the path itself."""
-    for count, limit in ((0, 1.5), (1, 1.3)):
-        labels = 'leader, %d' % count, 'follower, %d' % count
-        costs = bench.compare(dict(zip(labels, (('unix', count),
-                                                ('follower', count)))))
-        yield from rows(costs, {labels[::-1]: limit})
+def peak(pid, anew=False):
+    """Bytes of memory, at most, since it was last asked for anew."""
+    if anew:
+        with open('/proc/%d/clear_refs' % pid, 'w') as control:
+            control.write('5')
+    with open('/proc/%d/status' % pid) as status:
+        fields = dict(line.split(':', 1) for line in status)
+    return int(fields['VmHWM'].split()[0]) * 1024
 
 
-def latency(bench):
-    """From call to subscriber, paced; medians of the rounds."""
-    pairs, costs = {}, collections.defaultdict(list)
-    for system in ('unix', 'follower'):
-        path = bench.path()
-        bench.lead(system, path)
-        pairs[system] = (bench.publish(system, path),
-                         bench.subscribe(system, path, reads=False))
-    for number in range(6):
-        progress('round %d of 5' % number)
-        for system, (publisher, subscriber) in pairs.items():
-            subscriber.begin('delays', PACE)
-            publisher.stamped(system, PACE)
-            costs[system].append(
-                statistics.median(subscriber.end()) * 1e6)
-    return rows({label: each[1:] for label, each in costs.items()},
-                {('follower', 'unix'): 2.5})
+# -- points -----------------------------------------------------------------
+
+Row = collections.namedtuple('Row', 'what values unit limit')
+
+
+def label(system, count):
+    return '%s, %d' % (system, count)
+
+
+def cases(systems, count):
+    """Those that there are, by label, with so many subscribers."""
+    return {label(each, count): (each, count) for each in systems
+            if peers.available(each, count)}
+
+
+def rows(costs, unit, limits):
+    """The costs, and ratios within rounds to others, with targets, if any."""
+    for what, values in costs.items():
+        yield Row(what, list(values.values()), unit, None)
+    for (one, other), limit in limits.items():
+        both = costs.get(one, {}).keys() & costs.get(other, {}).keys()
+        if both:
+            yield Row('%s / %s' % (one, other), [
+                costs[one][number] / costs[other][number] for number in both],
+                unit.partition(', ')[2], limit)
+
+
+def beside_zmq(count, limit):
+    """The limits of both kinds of our processes; one for the leader."""
+    return {(label(each, count), label('zmq', count)):
+            limit if each == 'unix' else None for each in peers.OURS}
+
+
+def lost(costs):
+    """Where anything was lost that was not to be."""
+    for what, values in costs.pop('% lost', {}).items():
+        if any(values.values()):
+            yield Row(what + ': lost', list(values.values()), '%',
+                      0 if what.startswith(peers.OURS) else None)
+
+
+def burst(publisher, subscribers, count):
+    subscribers.begin('take', BURST * count)
+    yield 'us', publisher.burst(BURST) * 1e6
+    yield '% lost', missed(subscribers.end()[1], BURST * count)
+
+
+def missed(got, total):
+    """Per cent that did not come."""
+    return 100 - 100 * got / total if total else 0
+
+
+def call(bench):
+    """One call in a burst, beside peers, by number of subscribers."""
+    for count in (0, *COUNTS):
+        chosen = cases(peers.BROADCAST if count else QUEUES, count)
+        limits = beside_zmq(count, 0.5 if count else None)
+        if count <= 1:
+            chosen.update(cases(peers.YARDSTICKS, 0))
+            ours = label('unix', count)
+            limits.update({
+                (label('follower', count), ours): 1.3 if count else 1.5,
+                (ours, 'log, 0'): 0.15 if count else 0.01,
+                (ours, 'log unmasked, 0'): None})
+        if count == 1:
+            limits[ours, 'json, 0'] = 1.5
+        costs = bench.compare(chosen, burst)
+        yield from lost(costs)
+        yield from rows(costs['us'], 'us', limits)
+
+
+def crowd(bench):
+    """A burst with a hundred subscribers, as against one."""
+    chosen = dict(cases(['unix'], 1), **cases(['unix'], 100))
+    costs = bench.compare(chosen, burst)
+    yield from lost(costs)
+    yield from rows(costs['us'], 'us', {tuple(chosen)[::-1]: 1.3})
+
+
+def percentile(values, rank):
+    return sorted(values)[len(values) * rank // 100]
+
+
+def at_rate(publisher, subscribers, count):
+    subscribers.begin('delays', PACED * count)
+    calls = publisher.paced(PACED, RATE)
+    delays, got = subscribers.end()
+    yield '% lost', missed(got, PACED * count)
+    for what, found in ('call', calls), ('end to end', delays):
+        for rank in (50, 99) if found else ():
+            yield 'us, %s p%d' % (what, rank), percentile(found, rank) * 1e6
+
+
+def paced(bench):
+    """A call, and the way to a subscriber, at 1000 a second."""
+    for count in (0, *COUNTS):
+        costs = bench.compare(cases(
+            peers.BROADCAST if count else ('log', *QUEUES), count), at_rate)
+        yield from lost(costs)
+        for what, found in costs.items():
+            limits = beside_zmq(count, {
+                'us, call p50': 1 if count else None,
+                'us, end to end p50': 0.8 if count == 10 else 1}.get(what))
+            if what == 'us, end to end p50' and count == 1:
+                limits['follower, 1', 'unix, 1'] = 2.5
+            yield from rows(found, what, limits)
+
+
+def flat_out(publisher, subscribers, count):
+    many = max(1000, MANY // count)
+    subscribers.begin('take', many * count, 2)
+    begin = time.monotonic()
+    publisher.burst(many)
+    last, got = subscribers.end()
+    yield '% lost', missed(got, many * count)
+    if got == many * count:
+        yield 'us/message', (last - begin) / many * 1e6
+
+
+def throughput(bench):
+    """Microseconds for a message that reaches all, flat out, none lost."""
+    for count in COUNTS:
+        costs = bench.compare(cases(peers.BROADCAST, count), flat_out)
+        yield from lost(costs)
+        yield from rows(costs['us/message'], 'us/message',
+                        beside_zmq(count, 1 / 1.5))
 
 
 def workers(bench):
     """All processes flat out into one subscriber, against one alone."""
-    costs = collections.defaultdict(list)
-    for number in range(5):
-        progress('round %d of 5' % (number + 1))
+    costs = collections.defaultdict(dict)
+    for number in range(bench.rounds):
         for count in (1, WORKERS):
-            path = bench.path()
-            publishers = [bench.publish('lossless', path)
-                          for _ in range(count)]
-            subscriber = bench.subscribe('lossless', path)
-            for each in publishers:
-                each.begin('burst', 'lossless', 10 * BURST // count)
-            for each in publishers:
-                each.end()
-            if subscriber.lack(bench.size(10 * BURST // count) * count):
-                raise RuntimeError('not all was received')
-            costs['%d' % count].append(subscriber.rate() / MIB)
-            for each in (*publishers, subscriber):
-                each.close()
-    yield from (Row('%s publishing' % label, values, 'MiB/s', None)
-                for label, values in costs.items())
-    yield Row('1 / %d' % WORKERS, [
-        one / all_ for one, all_ in zip(*costs.values())], '', 1)
+            progress('%d, round %d of %d' % (count, number + 1, bench.rounds))
+            with bench.apart() as apart:
+                costs['%d publishing' % count][number] = together(
+                    apart, count)
+    return rows(costs, 'us/message', {tuple(costs)[::-1]: 1})
+
+
+def together(bench, count):
+    """Microseconds for a message of so many publishers of one path."""
+    path = bench.path()
+    publishers = [bench.remote(peers.Publisher) for _ in range(count)]
+    for each in publishers:
+        each.open('unix', path, 1, True)
+    subscriber = bench.remote(peers.Subscribers)
+    subscriber.open('unix', path, 1)
+    for each in publishers:
+        each.burst(100)
+    subscriber.take(100 * count)
+    subscriber.begin('take', MANY // count * count)
+    begin = time.monotonic()
+    for each in publishers:
+        each.begin('burst', MANY // count)
+    for each in publishers:
+        each.end()
+    last, got = subscriber.end()
+    if got < MANY // count * count:
+        raise RuntimeError('not all was received')
+    return (last - begin) / got * 1e6
+
+
+def stalled(bench):
+    """What a healthy one lacks beside one that is stopped; memory."""
+    for system in filter(peers.available, ('unix', 'zmq', 'nng')):
+        progress(system)
+        with bench.apart() as apart:
+            path = apart.path()
+            publisher = apart.remote(peers.Publisher)
+            publisher.open(system, path, 2)
+            healthy, stopped = (apart.remote(peers.Subscribers)
+                                for _ in range(2))
+            healthy.open(system, path, 1)
+            stopped.open(system, path, 1)
+            publisher.paced(300, 1000)
+            healthy.take(10 ** 9, 0.5)
+            # The process, for libraries read in threads of their own.
+            os.kill(stopped.process.pid, signal.SIGSTOP)
+            before = peak(publisher.process.pid, anew=True)
+            healthy.begin('take', MANY, 2)
+            publisher.paced(MANY, 5000)
+            yield Row(system + ': lacking', [MANY - healthy.end()[1]], '',
+                      0 if system == 'unix' else None)
+            yield growth(system, before, publisher)
+            os.kill(stopped.process.pid, signal.SIGCONT)
+
+
+def growth(system, before, publisher):
+    return Row(system + ': memory', [
+        (peak(publisher.process.pid) - before) / peers.MIB], 'MiB',
+        BUFFER // peers.MIB + 4 if system == 'unix' else None)
+
+
+def lag(bench):
+    """A subscriber that never reads, and a publisher that never rests."""
+    publisher, _ = bench.pair('unix', 1, large=False)
+    before = peak(publisher.process.pid, anew=True)
+    progress('%d calls' % LAG)
+    publisher.burst(LAG)
+    yield growth('unix', before, publisher)
+
+
+def join(bench):
+    """Milliseconds after connect() of which nothing is received, worst.
+
+    One is emitted each half of a millisecond: as much is found at the best.
+    """
+    for system in filter(peers.available, QUEUES):
+        progress(system)
+        with bench.apart() as apart:
+            publisher, subscribers = apart.pair(system, 1)
+            publisher.begin('paced', 4000, 2000)
+            gaps = subscribers.join(50)
+            publisher.end()
+            yield Row(system + ': unseen', [max(gaps) * 1e3], 'ms', None)
+
+
+def idle(bench):
+    """Context switches of a publisher with one subscriber, of nothing."""
+    for system in filter(peers.available, QUEUES):
+        with bench.apart() as apart:
+            publisher, _ = apart.pair(system, 1)
+            time.sleep(2)
+            before = switches(publisher.process.pid)
+            progress('%s, %d seconds' % (system, IDLE))
+            time.sleep(IDLE)
+            yield Row('%s: switches in %d s' % (system, IDLE),
+                      [switches(publisher.process.pid) - before], '',
+                      0 if system in peers.OURS else None)
+
+
+def cycle(items, count):
+    return itertools.islice(itertools.cycle(items), count)
 
 
 class Source:
@@ -526,7 +440,7 @@ class Source:
 
     def open(self, path, count):
         self._data = b''.join(json.dumps(each).encode() + b'\n'
-                              for each in cycle(messages(), count))
+                              for each in cycle(peers.messages(), count))
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(path)
         self._listener.listen()
@@ -545,7 +459,7 @@ class Consumer:
 
     def json(self, _path, count):
         lines = [json.dumps(each).encode()
-                 for each in cycle(messages(), count)]
+                 for each in cycle(peers.messages(), count)]
         begin = time.perf_counter()
         for line in lines:
             json.loads(line)
@@ -572,7 +486,7 @@ class Consumer:
         conf([], default_config_files=[])
         transport = oslo_messaging.get_notification_transport(conf, 'fake://')
         target = oslo_messaging.Target(topic='notifications.info')
-        for each in cycle(messages(), count):
+        for each in cycle(peers.messages(), count):
             transport._send_notification(
                 target, {}, dict(each, priority='INFO'), 2.0, 0)
         return self._listen(transport, count)
@@ -590,7 +504,7 @@ class Consumer:
             [types.SimpleNamespace(info=handle, error=handle)], 'threading')
         begin = time.perf_counter()
         server.start()
-        assert done.wait(PATIENCE * 10)
+        assert done.wait(peers.PATIENCE * 10)
         seconds = time.perf_counter() - begin
         server.stop()
         server.wait()
@@ -602,20 +516,20 @@ def consumers(bench):
     source, consumer = bench.remote(Source), bench.remote(Consumer)
     path, count = bench.path(), 5 * BURST
     source.open(path, count)
-    costs = collections.defaultdict(list)
-    for number in range(6):
-        progress('round %d of 5' % number)
-        for label in ('json', 'subscribe', 'fake', 'unix'):
-            seconds = getattr(consumer, label)(path, count)
-            costs[label].append(seconds / count * 1e6)
-    return rows({label: each[1:] for label, each in costs.items()},
-                {('subscribe', 'json'): 1.25, ('unix', 'fake'): 1.25})
+    costs = collections.defaultdict(dict)
+    for number in range(1 + bench.rounds):
+        progress('round %d of %d' % (number, bench.rounds))
+        for what in ('json', 'subscribe', 'fake', 'unix'):
+            seconds = getattr(consumer, what)(path, count)
+            if number:
+                costs[what][number] = seconds / count * 1e6
+    return rows(costs, 'us', {('subscribe', 'json'): 1.25,
+                              ('unix', 'fake'): 1.25})
 
 
 POINTS = {each.__name__: each
-          for each in (nobody, one, hundred, stopped, flat_out, idle,
-                       follower, latency, workers, consumers,
-                       *peers.POINTS)}
+          for each in (call, crowd, paced, throughput, workers, stalled, lag,
+                       join, idle, consumers)}
 
 
 # -- output -----------------------------------------------------------------
@@ -645,9 +559,39 @@ def table(rows):
             '' if limit is None else '<= %g' % limit, row['verdict'] or '')
 
 
+def chart(path, rows, title):
+    """Draw who takes how long: an SVG file, by matplotlib."""
+    import matplotlib
+    matplotlib.use('svg')
+    from matplotlib import pyplot
+    kinds = [('call', 'us', 'a call in a burst'),
+             ('paced', 'us, call p50', 'a call at 1000/s, p50'),
+             ('paced', 'us, end to end p50', 'end to end at 1000/s, p50'),
+             ('throughput', 'us/message', 'a message flat out, none lost')]
+    figure, axes = pyplot.subplots(1, 4, figsize=(15, 4), sharey=True)
+    for axis, (point, unit, what) in zip(axes, kinds):
+        found = {row['what']: row['median'] for row in rows
+                 if (row['point'], row['unit']) == (point, unit)}
+        for index, name in enumerate(peers.BROADCAST):
+            values = [found.get(label(name, count)) or 0
+                      for count in COUNTS]
+            if not any(values):
+                continue
+            axis.bar([at + index / 8 for at in range(3)], values, 1 / 8,
+                     label=name)
+        axis.set(title=what, yscale='log', xlabel='subscribers')
+        axis.set_xticks([at + 0.3 for at in range(3)], COUNTS)
+    axes[0].set_ylabel('microseconds')
+    axes[-1].legend(loc='upper left', bbox_to_anchor=(1, 1))
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
 def measure(names, rounds):
     for name in names:
-        print('%s: %s' % (name, POINTS[name].__doc__), file=sys.stderr)
+        print('%s: %s' % (name, POINTS[name].__doc__.splitlines()[0]),
+              file=sys.stderr)
         with Bench(rounds) as bench:
             for row in POINTS[name](bench):
                 yield finish(name, Row(*row))
@@ -659,8 +603,8 @@ def main():
         description=__doc__.strip().splitlines()[0])
     parser.add_argument('--only', metavar='POINT', nargs='+', choices=POINTS,
                         help='any of: ' + ', '.join(POINTS))
-    parser.add_argument('--rounds', type=int, default=15,
-                        help='of bursts; the default is %(default)s')
+    parser.add_argument('--rounds', type=int, default=7,
+                        help='the default is %(default)s')
     parser.add_argument('--json', action='store_true',
                         help='print one JSON object for each row')
     parser.add_argument('--chart', metavar='FILE',
@@ -679,7 +623,7 @@ def main():
         platform.python_version(), os.cpu_count(), platform.release(),
         os.getloadavg()[0])
     if arguments.chart:
-        peers.chart(arguments.chart, done, machine)
+        chart(arguments.chart, done, machine)
     if not arguments.json:
         print(machine)
         print('\n'.join(table(done)))

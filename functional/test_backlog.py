@@ -122,10 +122,15 @@ class Machine(stateful.RuleBasedStateMachine):
     @stateful.rule()
     def trim(self):
         for subscriber in self.subscribers:
-            subscriber.trim(self.backlog)
+            before, skipped = subscriber.chunk, subscriber.skipped
+            moved = subscriber.trim(self.backlog)
+            assert moved == (subscriber.skipped > skipped)
             chunk = subscriber.chunk
             assert (self.backlog.behind(chunk) <= LIMIT
                     or chunk.next.next is None)
+            while before is not chunk:      # which it could not stay at
+                assert self.backlog.behind(before) > LIMIT
+                before = before.next
 
     @stateful.invariant()
     def account_adds_up(self):

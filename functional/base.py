@@ -119,6 +119,22 @@ def cpu_seconds(pid):
     return (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
 
 
+def open_files(pid):
+    """The names of what the process has open, sorted."""
+    names = []
+    for number in os.listdir('/proc/%d/fd' % pid):
+        with contextlib.suppress(FileNotFoundError):
+            names.append(os.readlink('/proc/%d/fd/%s' % (pid, number)))
+    return sorted(names)
+
+
+def stop(pid):
+    """Stop the process, until it is sent SIGCONT."""
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: status(pid)['State'].startswith('T'),
+               '%d is stopped' % pid)
+
+
 # -- subscribers ------------------------------------------------------------
 
 def _no_json(constant):
@@ -305,10 +321,7 @@ class Client(Subscriber):
         self.go()
 
     def stop(self):
-        """Stop the process, and wait until it is stopped."""
-        os.kill(self.pid, signal.SIGSTOP)
-        wait_until(lambda: status(self.pid)['State'].startswith('T'),
-                   'client is stopped')
+        stop(self.pid)
 
     def resume(self):
         os.kill(self.pid, signal.SIGCONT)
@@ -578,6 +591,14 @@ class FunctionalTestCase(base.BaseTestCase):
     def _check(self, subscriber):
         self.assertEqual([], subscriber.problems, subscriber)
 
+    def emit_in_rounds(self, publisher, reader, rounds, count=100):
+        """Emit 1 KB each, no faster than the reader reads; how many."""
+        for _ in range(rounds):
+            total = reader.total + count
+            publisher.ask('emit', count=count, size=1000)
+            reader.wait(total)
+        return rounds * count
+
     def assert_complete(self, subscriber, emitted):
         """Fail unless all that was emitted was received."""
         subscriber.wait(emitted)
@@ -643,10 +664,7 @@ class RelayTestCase(FunctionalTestCase):
         wait_until(idle, 'workers are idle')
 
     def stop_worker(self, worker):
-        """Stop a worker, until it is sent SIGCONT."""
-        worker.kill(signal.SIGSTOP)
-        wait_until(lambda: status(worker.pid)['State'].startswith('T'),
-                   'worker is stopped')
+        stop(worker.pid)
 
     def kill_worker(self, worker, number=signal.SIGKILL):
         """Kill a worker, and wait until it has ended."""

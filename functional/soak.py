@@ -467,10 +467,7 @@ class Soak:
     def stop(self, process, actions):
         process.stopped = True
         process.stops.append([time.monotonic(), None])
-        process.child.kill(signal.SIGSTOP)
-        base.wait_until(
-            lambda: base.status(process.pid)['State'].startswith('T'),
-            'stopped')
+        base.stop(process.pid)
         self.later[self.number + actions].append(
             functools.partial(self.resume, process))
 
@@ -951,15 +948,7 @@ class Soak:
             process.descriptors, own() + ROLE)
         self.wait(lambda: own() <= limit, lambda: (
             '%s has at most %d descriptors: %s' % (
-                process, limit, self._open_files(process))), HEAL)
-
-    def _open_files(self, process):
-        names = []
-        for number in os.listdir('/proc/%d/fd' % process.pid):
-            with contextlib.suppress(FileNotFoundError):
-                names.append(os.readlink(
-                    '/proc/%d/fd/%s' % (process.pid, number)))
-        return sorted(names)
+                process, limit, base.open_files(process.pid))), HEAL)
 
     # All of it.
 

@@ -254,7 +254,7 @@ class CommandLineTest(ConsumerTestCase):
         service = self.service(buffer_size=65536)
         process = self.command()
         self.wait_status(process, 'connected')
-        os.kill(process.pid, signal.SIGSTOP)
+        base.stop(process.pid)
         service.ask('emit', count=2000, size=1000)
         os.kill(process.pid, signal.SIGCONT)
         client = base.Subscriber(

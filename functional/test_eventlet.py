@@ -21,6 +21,7 @@ would never come, or come from two loops at once.
 
 import importlib.util
 import os
+import time
 
 import base
 
@@ -134,7 +135,7 @@ class EventletTest(base.FunctionalTestCase):
 
     def _are_idle(self, publishers):
         before = [base.switches(publisher.pid) for publisher in publishers]
-        self.assert_never(lambda: False, 'waits')
+        time.sleep(0.5)
         return before == [base.switches(publisher.pid)
                           for publisher in publishers]
 

@@ -19,8 +19,6 @@ last words, or the path would have no leader after the parent's death since
 the child holds what it inherited.
 """
 
-import contextlib
-import os
 import signal
 
 import base
@@ -169,19 +167,12 @@ class ForkTest(base.RelayTestCase):
     def _inherited(self, child, parent):
         """What the child has open of its parent's, and should not."""
         child.ask('emitted')    # when it answers it is in place
-        shared = self._files(child.pid) & self._files(parent.pid)
+        shared = set(base.open_files(child.pid)).intersection(
+            base.open_files(parent.pid))
         sockets = {name for name in shared if name.startswith('socket:')}
         # By one of these the parent gets its commands.
         return [] if len(sockets) == 1 and not any(
             name.endswith('.lock') for name in shared) else sorted(shared)
-
-    def _files(self, pid):
-        """The names of what a process has open."""
-        names = set()
-        for number in os.listdir('/proc/%d/fd' % pid):
-            with contextlib.suppress(FileNotFoundError):
-                names.add(os.readlink('/proc/%d/fd/%s' % (pid, number)))
-        return names
 
     def test_parent_is_killed_and_its_child_lives(self):
         """What the child has inherited keeps nobody from leading."""

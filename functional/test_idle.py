@@ -42,9 +42,7 @@ class IdleTest(base.FunctionalTestCase):
             publisher.ask('emit', count=1000, size=1000)
         before = {name: self._settled(publisher)
                   for name, publisher in publishers.items()}
-        begin = time.monotonic()
-        base.wait_until(lambda: time.monotonic() > begin + self.SECONDS,
-                        'time has passed')
+        time.sleep(self.SECONDS)
         after = {name: base.switches(publisher.pid)
                  for name, publisher in publishers.items()}
         self.assertEqual(before, after)
@@ -66,8 +64,7 @@ class IdleTest(base.FunctionalTestCase):
         publisher = self.publisher()
         publisher.wait_log('WARNING')
         # By then the time between two attempts has grown to a second.
-        begin = time.monotonic()
-        base.wait_until(lambda: time.monotonic() > begin + 1.5, 'time')
+        time.sleep(1.5)
         before = base.switches(publisher.pid)
-        base.wait_until(lambda: time.monotonic() > begin + 3, 'time')
+        time.sleep(1.5)
         self.assertLess(base.switches(publisher.pid) - before, 15)

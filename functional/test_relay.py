@@ -33,14 +33,6 @@ SLACK = 6 * base.MIB
 
 class RelayTest(base.RelayTestCase):
 
-    def _emit_in_rounds(self, worker, reader, rounds, size=1000):
-        """Emit no faster than the reader reads; return how many."""
-        for _ in range(rounds):
-            total = reader.total + 100
-            worker.ask('emit', count=100, size=size)
-            reader.wait(total)
-        return 100 * rounds
-
     def test_eight_processes_on_one_path(self):
         workers = self.start_workers(8, buffer_size=64 * base.MIB)
         subscribers = [self.subscribe() for _ in range(3)]
@@ -84,7 +76,7 @@ class RelayTest(base.RelayTestCase):
     def test_stopped_leader_harms_no_follower(self):
         leader, *followers = self.start_workers(3, buffer_size=BUFFER)
         healthy = self.subscribe()
-        emitted = sum(self._emit_in_rounds(follower, healthy, 5)
+        emitted = sum(self.emit_in_rounds(follower, healthy, 5)
                       for follower in followers)
         before = [base.memory(follower.pid) for follower in followers]
         for _ in range(3):
@@ -104,7 +96,7 @@ class RelayTest(base.RelayTestCase):
         # On a busy machine it is too slow itself, and skips what says so.
         self.assertTrue({'relay stalled', 'subscriber too slow'}.intersection(
             healthy.reasons), healthy.reasons)
-        self._emit_in_rounds(followers[0], healthy, 2)
+        self.emit_in_rounds(followers[0], healthy, 2)
         self.assert_accounted(healthy, emitted + 200)
 
     def test_follower_that_starts_while_the_leader_is_stopped(self):
@@ -154,14 +146,14 @@ class RelayTest(base.RelayTestCase):
         leader, follower = self.start_workers(2, buffer_size=BUFFER)
         healthy = self.subscribe()
         lagging = self.subscribe(go=False)
-        emitted = self._emit_in_rounds(follower, healthy, 3)
+        emitted = self.emit_in_rounds(follower, healthy, 3)
         self.stop_worker(leader)
         follower.ask('emit', count=5000, size=1000)
         emitted += 5000
         leader.kill(signal.SIGCONT)
         self.assert_accounted(healthy, emitted)
         self.assertIn('relay stalled', healthy.reasons)
-        emitted += self._emit_in_rounds(follower, healthy, 30)
+        emitted += self.emit_in_rounds(follower, healthy, 30)
         lagging.go()
         self.assert_accounted(lagging, emitted)
         # Or else it was sent to it, and nothing was shown.

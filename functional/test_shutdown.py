@@ -172,13 +172,6 @@ class PathTest(base.FunctionalTestCase):
 
     """The socket file after the exit."""
 
-    def test_socket_is_removed_and_the_lock_stays(self):
-        publisher = self.publisher()
-        self.subscribe()
-        publisher.tell('leave')
-        publisher.wait_exit()
-        self.assertEqual(['s.lock'], os.listdir(os.path.dirname(self.path)))
-
     def test_socket_of_another_program_is_kept(self):
         publisher = self.publisher()
         publisher.wait_log('served')

@@ -31,23 +31,15 @@ SLACK = 4 * base.MIB
 
 class SlowSubscriberTest(base.FunctionalTestCase):
 
-    def _emit_in_rounds(self, publisher, healthy, rounds=40, count=250):
-        """Emit 1 KB each, no faster than the healthy subscriber reads."""
-        for _ in range(rounds):
-            total = healthy.total + count
-            publisher.ask('emit', count=count, size=1000)
-            healthy.wait(total)
-        return rounds * count
-
     def test_stopped_subscriber_harms_only_itself(self):
         publisher = self.publisher(buffer_size=BUFFER)
         healthy = self.subscribe()
         stopped = self.cat(publisher)
-        emitted = self._emit_in_rounds(publisher, healthy, rounds=8)
+        emitted = self.emit_in_rounds(publisher, healthy, 8, 250)
         self.assert_complete(stopped, emitted)
         stopped.stop()
         before = base.memory(publisher.pid)
-        emitted += self._emit_in_rounds(publisher, healthy)
+        emitted += self.emit_in_rounds(publisher, healthy, 40, 250)
         self.assertLess(base.memory(publisher.pid) - before, BUFFER + SLACK)
         stopped.resume()
         self.assert_accounted(stopped, emitted)
@@ -65,7 +57,7 @@ class SlowSubscriberTest(base.FunctionalTestCase):
         for round_ in (1, 2):
             lost = stopped.lost
             stopped.stop()
-            emitted = self._emit_in_rounds(publisher, healthy, rounds=12)
+            emitted = self.emit_in_rounds(publisher, healthy, 12, 250)
             self.assertEqual(round_, len(publisher.log('lags by more than')))
             stopped.resume()
             self.assert_accounted(stopped, round_ * emitted)
@@ -111,7 +103,7 @@ class SlowSubscriberTest(base.FunctionalTestCase):
         healthy = self.subscribe()
         clogged = [self.subscribe(go=False) for _ in range(20)]
         before = base.memory(publisher.pid)
-        emitted = self._emit_in_rounds(publisher, healthy)
+        emitted = self.emit_in_rounds(publisher, healthy, 40, 250)
         self.assertLess(base.memory(publisher.pid) - before,
                         4 * BUFFER + SLACK)
         self.assertLess(emitted * 1000, 3 * (4 * BUFFER))

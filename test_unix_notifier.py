@@ -2437,8 +2437,7 @@ class RelayStartTest(RelayCase):
         self.addCleanup(follower.close)
         follower.start()
         wait_until(lambda: follower._uplink.greeted)
-        interval = sys.getswitchinterval()
-        self.addCleanup(sys.setswitchinterval, interval)
+        self.switch_threads_often()
         for number in range(500):
             sys.setswitchinterval((1e-6, 1e-5, 1e-4, 5e-3)[number % 4])
             hub = (leader, follower)[number // 2 % 2]

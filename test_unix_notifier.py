@@ -2572,6 +2572,21 @@ class RelayPathTest(RelayCase):
         self.step(leader, successor)
         self.assertEqual(1, account(after.read()))
 
+    def test_newcomer_keeps_all_until_a_leader_without_lock_has_noticed(self):
+        leader, follower = self.make_pair()
+        client = self.connect()
+        self.step(leader)
+        for suffix in '.lock', '.relay':
+            os.unlink(self.path + suffix)
+        newcomer = SteppedRelayHub(leader.settings)
+        self.addCleanup(newcomer.finish)
+        self.emit(newcomer, range(1))
+        for _ in range(3):
+            newcomer.look_again()
+        self.assertIs(leader, self.settle(leader, follower, newcomer))
+        self.step(newcomer, leader)
+        self.assertEqual(1, account(client.read()))
+
     def test_without_descriptors_the_relay_comes_back(self):
         leader, _ = self.make_pair()
         newcomer = socket.socket(socket.AF_UNIX)

@@ -1915,6 +1915,16 @@ class _Follower:
         return block
 
 
+def _may_be_led(error):
+    """Whether another may lead, when we cannot for the reason given.
+
+    The lock is held, or not for us; or the path is in use: by a leader, it
+    may be, that has lost its lock.
+    """
+    return (isinstance(error, (BlockingIOError, PermissionError))
+            or error.errno == errno.EADDRINUSE)
+
+
 class _RelayHub(_Hub):
     """A hub that shares its path with the hubs of other processes."""
 
@@ -1996,10 +2006,9 @@ class _RelayHub(_Hub):
         return [each for each in (self._bound, self._relay) if each]
 
     def _trouble(self, error):
-        patient = self._retry.delay < _Backoff.MAX
-        if isinstance(error, (BlockingIOError, PermissionError)) and patient:
-            # The lock is held, or not for us; its owner has not answered: it
-            # has just come, or is about to leave, or is stopped. Keep all.
+        if _may_be_led(error) and self._retry.delay < _Backoff.MAX:
+            # It has just come, or is about to leave, or is stopped, or has
+            # lost lock and relay, which it notices within a second. Keep all.
             self._retry.fail()
             return
         if self._uplink is not None and error.errno not in (
@@ -2016,10 +2025,7 @@ class _RelayHub(_Hub):
                 self._lead()
                 return
             except OSError as error:
-                # In use: by a leader, it may be, that has lost its lock.
-                if self._uplink is None or not (
-                        isinstance(error, (BlockingIOError, PermissionError))
-                        or error.errno == errno.EADDRINUSE):
+                if self._uplink is None or not _may_be_led(error):
                     raise       # we lead, if only those who are connected
                 self._follow(error)
         if not self._uplink.greeted:

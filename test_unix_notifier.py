@@ -897,7 +897,7 @@ class BacklogTest(TestCase):
         self.assertEqual(b''.join(lines), b''.join(
             each.data for each in chunks))
         self.assertEqual([3, 1, 1, 1, 1, 2, 1, 2],
-                         [each.lines for each in chunks])
+                         [each.next.first - each.first for each in chunks])
 
     def test_counts_add_up(self):
         backlog = unix_notifier._Backlog(0)
@@ -905,9 +905,8 @@ class BacklogTest(TestCase):
         backlog.extend([b'1\n', b'2\n'])
         backlog.append(b'lost\n', 0, 5)
         backlog.extend([b'3\n'])
-        self.assertEqual([(0, 2, 0), (2, 0, 5), (7, 1, 0)], [
-            (each.first, each.lines, each.lost)
-            for each in self.chunks(backlog, head)])
+        self.assertEqual([(0, 0), (2, 5), (7, 0)], [
+            (each.first, each.lost) for each in self.chunks(backlog, head)])
         self.assertEqual(8, backlog.tail.first)
         self.assertEqual(11 + 3 * unix_notifier._CHUNK_COST,
                          backlog.behind(head))
@@ -957,13 +956,14 @@ class SubscriberTest(TestCase):
                 subscriber.flush()
                 self.assertEqual(subscriber.blocked, len(sock.data) - before
                                  < sock.offers[-1][1])
-            self.assertEqual(
-                total, subscriber.lines + subscriber.lost + subscriber.skipped
-                + backlog.tail.first - subscriber.chunk.first)
+            whole = bytes(sock.data).split(b'\n')[:-1]
+            sent = sum(b'notifications.lost' not in each for each in whole)
+            self.assertIn(subscriber.received() - sent,
+                          (0, bool(subscriber.head)))
         messages = self.drain(subscriber)
         self.assertEqual(total, account(messages))
-        self.assertEqual((sum(lost(messages)), total, 0), (
-            subscriber.lost, subscriber.lost + subscriber.lines,
+        self.assertEqual((sum(lost(messages)), len(messages), 0), (
+            subscriber.lost, subscriber.received() + len(lost(messages)),
             subscriber.skipped))
 
     def test_partial_send_resumes_where_it_stopped(self):
@@ -996,7 +996,7 @@ class SubscriberTest(TestCase):
         self.assertEqual((5, [3]), (account(messages), lost(messages)))
         self.assertEqual('subscriber too slow',
                          messages[1]['payload']['reason'])
-        self.assertEqual((2, 3), (subscriber.lines, subscriber.lost))
+        self.assertEqual((2, 3), (subscriber.received(), subscriber.lost))
 
     def test_skipped_record_counts_what_it_stands_for(self):
         subscriber, sock, backlog = self.make(0)

@@ -621,13 +621,12 @@ class _Chunk:
     A chunk without a next one is the tail: empty, and filled in place.
     """
 
-    __slots__ = ('data', 'lines', 'lost', 'start', 'first', 'next')
+    __slots__ = ('data', 'lost', 'start', 'first', 'next')
 
     def __init__(self, start, first):
         self.start = start  # bytes before it, since the backlog began
         self.first = first  # notifications before it, likewise
         self.data = b''
-        self.lines = 0      # notifications in it
         self.lost = 0       # notifications that it, a record, stands for
         self.next = None
 
@@ -648,7 +647,7 @@ class _Backlog:
     def append(self, data, lines, lost=0):
         """Add a chunk of whole lines, or a record of losses."""
         chunk = self.tail
-        chunk.data, chunk.lines, chunk.lost = data, lines, lost
+        chunk.data, chunk.lost = data, lost
         chunk.next = self.tail = _Chunk(
             chunk.start + len(data) + _CHUNK_COST,
             chunk.first + lines + lost)
@@ -669,11 +668,7 @@ class _Backlog:
 
 
 class _Subscriber:
-    """A connected socket, and a cursor in the backlog. The loop's alone.
-
-    At any time, lines + lost + skipped + what is pending equals what the
-    backlog got since the subscriber joined.
-    """
+    """A connected socket, and a cursor in the backlog. The loop's alone."""
 
     def __init__(self, sock, backlog, who):
         self.sock = sock
@@ -687,10 +682,10 @@ class _Subscriber:
         self.offset = 0         # bytes of the chunk that were sent
         self.head = b''         # a line that goes before the chunk
         self.head_sent = 0      # bytes of the head that were sent
-        self.skipped = 0        # notifications lost and not yet reported
-        # The account.
-        self.lines = 0          # notifications sent, of finished chunks
-        self.lost = 0           # notifications reported as lost
+        # The account, in notifications: see received().
+        self.joined = self.chunk.first
+        self.skipped = 0        # lost and not yet reported
+        self.lost = 0           # reported as lost
         self.lagging = None     # ``lost`` when it began to lag
 
     def wanted(self):
@@ -761,13 +756,16 @@ class _Subscriber:
             self._finish_chunk()
 
     def _finish_chunk(self):
-        self.lines += self.chunk.lines
         self.lost += self.chunk.lost
         self.chunk, self.offset = self.chunk.next, 0
 
     def received(self):
-        """How many notifications the kernel has taken, whole."""
-        return self.lines + self.chunk.data.count(b'\n', 0, self.offset)
+        """How many were sent: what came before the cursor and is not lost.
+
+        A line that is being sent before a record counts as sent.
+        """
+        return (self.chunk.first - self.joined - self.lost - self.skipped
+                + self.chunk.data.count(b'\n', 0, self.offset))
 
     def trim(self, backlog):
         """Skip the oldest lines if too far behind; whether any were.
@@ -789,21 +787,15 @@ class _Subscriber:
 
     def _finish_line(self):
         """Move a half-sent line to the head; how far that accounts for."""
-        chunk, data = self.chunk, self.chunk.data
-        if not self.offset:
-            return chunk.first
-        start = data.rfind(b'\n', 0, self.offset) + 1
-        if start == self.offset:        # it ended there
-            lines = data.count(b'\n', 0, start)
-        else:
-            end = data.index(b'\n', self.offset) + 1
+        data, end = self.chunk.data, self.offset
+        start = data.rfind(b'\n', 0, end) + 1
+        if start < end:
+            end = data.index(b'\n', end) + 1
             self.head, self.head_sent = data[start:end], self.offset - start
-            if end == len(data):
-                self._finish_chunk()
-                return self.chunk.first
-            lines = data.count(b'\n', 0, end)
-        self.lines += lines
-        return chunk.first + lines
+        if end == len(data):        # it may be a record, which weighs more
+            self._finish_chunk()
+            return self.chunk.first
+        return self.chunk.first + data.count(b'\n', 0, end)
 
     def listen(self):
         """Discard what the peer sent; why it must part, or None."""

@@ -134,11 +134,11 @@ class Machine(stateful.RuleBasedStateMachine):
 
     @stateful.invariant()
     def account_adds_up(self):
-        for subscriber, first in self.subscribers.items():
-            pending = self.backlog.tail.first - subscriber.chunk.first
-            assert (subscriber.lines + subscriber.lost + subscriber.skipped
-                    + pending == self.emitted - first)
-            assert subscriber.received() >= subscriber.lines
+        for subscriber in self.subscribers:
+            sent = sum(line.startswith(b'{"n"')
+                       for line in self.lines(subscriber))
+            # One that goes before a record may be half sent.
+            assert 0 <= subscriber.received() - sent <= bool(subscriber.head)
 
     @stateful.invariant()
     def what_was_sent_is_in_place(self):

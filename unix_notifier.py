@@ -635,9 +635,10 @@ class _Backlog:
     """What subscribers have yet to send: a linked list of chunks.
 
     Pure, and the loop's alone. A subscriber holds the chunk that it is at,
-    and thereby all that follow: what everybody has sent is freed by itself.
-    What keeps it within its bound is that a subscriber that is further
-    behind than ``limit`` moves on (see ``_Subscriber.trim``).
+    and thereby all that follow: what everybody has sent, or comes while
+    there is nobody, is freed by itself. What keeps it within its bound is
+    that a subscriber that is further behind than ``limit`` moves on (see
+    ``_Subscriber.trim``).
     """
 
     def __init__(self, limit):
@@ -652,8 +653,12 @@ class _Backlog:
             chunk.start + len(data) + _CHUNK_COST,
             chunk.first + lines + lost)
 
-    def extend(self, lines):
-        """Add lines, in chunks of at most _CHUNK_MAX bytes or one line."""
+    def extend(self, batch):
+        """Add lines, in chunks of at most _CHUNK_MAX bytes or one line.
+
+        Without the pads, and gaps that are not on record.
+        """
+        lines = list(filter(None, batch))
         ends = list(itertools.accumulate(map(len, lines)))
         low = base = 0
         while low < len(lines):
@@ -972,8 +977,7 @@ class _Hub:
         self._reserve = None    # a descriptor to give up when there is none
         self._starved = False   # accepting fails for want of descriptors
         self._pause = _Backoff()    # and refusing fails, too
-        self._drops_read = 0    # how often the loop called next(_drops)
-        self._drops_told = 0    # drops that records stand for
+        self._drops_told = 0    # what next(_drops) gives if none was since
 
     # Any thread.
 
@@ -1457,9 +1461,8 @@ class _Hub:
         self._room -= due   # in the backlog it takes as much; see _flush()
         for size in range(due, 0, -_BATCH):
             self._take_batch(min(size, _BATCH))
-        if self._subscribers:
-            for chunk in handed:
-                self._backlog.append(*chunk)
+        for chunk in handed:
+            self._backlog.append(*chunk)
 
     def _take_batch(self, size):
         batch = [self._queue.popleft() for _ in range(size)]
@@ -1467,25 +1470,18 @@ class _Hub:
         if gap is not None:
             place = next((place for place, each in enumerate(batch)
                           if each is gap), size)
-            self._append(batch[:place])
+            self._backlog.extend(batch[:place])
             if place < size:
                 self._append_gap()
             batch = batch[place:]
-        self._append(batch)
-
-    def _append(self, batch):
-        if self._subscribers:
-            # Without the pads, and gaps that are not on record.
-            self._backlog.extend(list(filter(None, batch)))
+        self._backlog.extend(batch)
 
     def _append_gap(self):
         """Put a record where publishers found the queue full; see drop()."""
-        self._gap = None    # before the count is read
-        # next() tells how often it was called before, by us included.
-        drops = next(self._drops) - self._drops_read
-        self._drops_read += 1
-        lost, self._drops_told = drops - self._drops_told, drops
-        if lost and self._subscribers:
+        self._gap = None    # before the count is read, which itself counts
+        drops = next(self._drops)
+        lost, self._drops_told = drops - self._drops_told, drops + 1
+        if lost:
             self._backlog.append(
                 self._gap_line(lost, 'queue full'), 0, lost)
 

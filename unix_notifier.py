@@ -970,7 +970,6 @@ class _Hub:
         self._handed = []       # RELAY's joint: chunks from other processes
         self._subscribers = {}  # an ordered set
         self._backlog = _Backlog(self.settings.buffer_size)
-        self._accepting = True
         self._unsent = False    # someone may be sent more at once
         self._retry = _Backoff()    # for the path
         self._troubles = set()  # those already logged, until all is well
@@ -1147,7 +1146,7 @@ class _Hub:
         self._look_after_path()
         due, handed, self._handed = len(self._queue), self._handed, []
         # Looked at now, whatever was reported before.
-        if self._bound is not None and self._accepting and (
+        if self._bound is not None and (
                 self._pause.at or self._gate.look()):
             self._accept()
         self._take(due, handed)
@@ -1158,28 +1157,24 @@ class _Hub:
         return bool(events or due or handed or self._unsent)
 
     def _wait(self, limit):
-        if self._queue or self._unsent:
-            return self._select(0)
-        self._asleep = True
-        timeout = 0
-        if not self._queue:     # after the flag: see emit()
-            due = [each.at for each in (self._retry, self._pause) if each.at]
-            if limit is not None:
-                due.append(time.monotonic() + limit)
-            timeout = max(0, min(due) - time.monotonic()) if due else None
-        events = self._select(timeout)
+        timeout, pid = 0, os.getpid()
+        if not (self._queue or self._unsent):
+            self._asleep = True
+            if not self._queue:     # after the flag: see emit()
+                timeout = self._timeout(limit)
+        events = self._selector.select(timeout)
+        # Green threads survive a fork, and this one may wake in the child,
+        # which has a loop of its own.
+        if pid != os.getpid():
+            raise RuntimeError('not the loop of this process')
         self._asleep = False
         return events
 
-    def _select(self, timeout):
-        pid = os.getpid()
-        try:
-            return self._selector.select(timeout)
-        finally:
-            # Green threads survive a fork, and this one may wake in the
-            # child, which has a loop of its own.
-            if pid != os.getpid():
-                raise RuntimeError('not the loop of this process')
+    def _timeout(self, limit):
+        due = [each.at for each in (self._retry, self._pause) if each.at]
+        if limit is not None:
+            due.append(time.monotonic() + limit)
+        return max(0, min(due) - time.monotonic()) if due else None
 
     def _open(self):
         if self._selector is None:
@@ -1542,9 +1537,9 @@ class _Hub:
             self._retry.clear()
             self._cut_off()
         self._turn(0)
-        self._accepting = False     # who comes now is for the next leader
         if self._bound is not None:
             self._unwatch(self._bound.sock)
+            self._pause.at = math.inf   # who comes now is for the next leader
         progress = time.monotonic()
         deadline = progress + _EXIT_TIME
         while (any(each.pending() for each in self._subscribers)

@@ -731,10 +731,7 @@ class _Subscriber:
 
     def _buffers(self):
         """What comes next, up to about _SEND_MAX bytes."""
-        if self.head:
-            buffers = [memoryview(self.head)[self.head_sent:]]
-        else:
-            buffers = []
+        buffers = [memoryview(self.head)[self.head_sent:]] if self.head else []
         size, chunk, offset = len(self.head), self.chunk, self.offset
         # If lines were skipped, a record comes before the chunk.
         while chunk.next and not self.skipped and size < _SEND_MAX:
@@ -752,17 +749,14 @@ class _Subscriber:
             if sent < 0:
                 return
             self.head, self.head_sent = b'', 0
-        while sent:
-            left = len(self.chunk.data) - self.offset
-            if sent < left:
-                self.offset += sent
-                return
-            sent -= left
+        self.offset += sent
+        while self.chunk.next and self.offset >= len(self.chunk.data):
             self._finish_chunk()
 
     def _finish_chunk(self):
+        self.offset -= len(self.chunk.data)
         self.lost += self.chunk.lost
-        self.chunk, self.offset = self.chunk.next, 0
+        self.chunk = self.chunk.next
 
     def received(self):
         """How many were sent: what came before the cursor and is not lost.
@@ -780,8 +774,7 @@ class _Subscriber:
         who is ready for it.
         """
         chunk = self.chunk
-        while (backlog.behind(chunk) > backlog.limit
-               and chunk.next.next is not None):
+        while backlog.behind(chunk) > backlog.limit and chunk.next.next:
             chunk = chunk.next
         if chunk is self.chunk:
             return False
@@ -915,20 +908,16 @@ class _Backoff:
     Jittered, so that workers that lost the same thing do not march in step.
     """
 
-    FIRST = 0.01
-    FACTOR = 2
     MAX = 1
 
     def __init__(self):
-        self.clear()
-
-    def clear(self):
         self.delay = 0
         self.at = None          # time.monotonic(), or None when all is well
 
+    clear = __init__
+
     def fail(self):
-        self.delay = min(
-            max(self.delay * self.FACTOR, self.FIRST), self.MAX)
+        self.delay = min(max(2 * self.delay, 0.01), self.MAX)
         jitter = random.uniform(0.5, 1)  # nosec B311
         self.at = time.monotonic() + self.delay * jitter
 

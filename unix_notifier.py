@@ -54,6 +54,7 @@ import atexit
 import bisect
 import collections
 from collections import abc
+import contextlib
 import copy
 import ctypes
 import errno
@@ -317,10 +318,9 @@ def register_opts(conf):
     :type conf: oslo_config.cfg.ConfigOpts
     """
     for opt in _OPTS:
-        try:
+        # No log: notify() may be what called, see _late_hub().
+        with contextlib.suppress(cfg.DuplicateOptError):
             conf.register_opt(opt, group=_GROUP)
-        except cfg.DuplicateOptError:
-            pass    # no log: notify() may be what called, see _late_hub()
 
 
 def list_opts():
@@ -527,12 +527,13 @@ class _Bound:
                 and _identity(info)[:2] == self.identity[:2])
 
     def unlink(self):
-        """Remove the file, if it is still ours."""
-        try:
+        """Remove the file, if it is still ours.
+
+        If we cannot, the next owner will, by the identity in the lock.
+        """
+        with contextlib.suppress(OSError):
             if self.intact():
                 os.unlink(self.path)
-        except OSError:
-            pass        # the next owner will, by the identity in the lock
 
 
 def _bind(sock, path, mode, gid=None):
@@ -563,15 +564,11 @@ def _bind(sock, path, mode, gid=None):
 
 def _answers(path):
     """Whether a process listens at the path."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+    with _unix_socket() as probe:
         probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except (ConnectionRefusedError, FileNotFoundError):
-            return False
-        except OSError:
-            pass    # EAGAIN: its backlog is full. Whatever else: not ours
-        return True
+        # EAGAIN: its backlog is full. Whatever else: not ours.
+        return probe.connect_ex(path) not in (errno.ECONNREFUSED,
+                                              errno.ENOENT)
 
 
 def _is_left_over(path, left):
@@ -602,14 +599,12 @@ def _clear(path, left):
 
 def _gid(group):
     """The number of the group, or None. May be slow; raises OSError."""
-    try:
-        if group is None:
-            return None
+    if group is None:
+        return None
+    with contextlib.suppress(KeyError):
         gid = int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
         if gid < 2 ** 32 - 1:   # that one leaves the group as it is
             return gid
-    except KeyError:
-        pass
     raise OSError(errno.EINVAL, 'sock_group: no such group', group)
 
 
@@ -1287,10 +1282,8 @@ class _Hub:
         self._selector.register(sock, selectors.EVENT_READ, callback)
 
     def _unwatch(self, sock):
-        try:
+        with contextlib.suppress(KeyError):
             self._selector.unregister(sock)
-        except KeyError:
-            pass
 
     def _resign(self):
         """Another process owns the path: send the subscribers there."""
@@ -1361,15 +1354,12 @@ class _Hub:
         return len(self._subscribers) >= limit
 
     def _refuse(self, sock, reason):
-        with sock:
-            try:
-                sock.setblocking(False)
-                # It fits: nothing was sent on this connection before.
-                sock.send(_record('notifications.refused', reason=reason),
-                          socket.MSG_NOSIGNAL)
-                sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass    # it did not wait for an answer
+        with contextlib.suppress(OSError):  # it may not wait for an answer
+            sock.setblocking(False)
+            # It fits: nothing was sent on this connection before.
+            sock.send(_record('notifications.refused', reason=reason),
+                      socket.MSG_NOSIGNAL)
+        _hang_up(sock)
 
     def _turn_away(self, error):
         """Give up the reserve, to refuse one; or pause accepting.
@@ -1395,11 +1385,8 @@ class _Hub:
             self._keep_reserve()
 
     def _keep_reserve(self):
-        try:
-            if self._reserve is None or self._reserve.closed:
-                self._reserve = open(os.devnull, 'rb', buffering=0)
-        except OSError:
-            pass
+        with contextlib.suppress(OSError):
+            self._reserve = open(os.devnull, 'rb', buffering=0)
 
     def _rewatch(self, subscriber):
         """Have the selector watch for what the subscriber can do next."""
@@ -1572,10 +1559,8 @@ def _accept(sock):
 
 def _hang_up(sock):
     """End the stream, even while a forked child holds the socket open."""
-    try:
+    with contextlib.suppress(OSError):      # the peer was first
         sock.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass        # the peer was first
     sock.close()
 
 

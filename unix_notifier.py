@@ -408,7 +408,6 @@ def _read_settings(conf):
 # or a connection, would keep others waiting. Held, too, while the loop logs:
 # the buffer of a stream that is being written to stays locked in the child.
 _no_fork = threading.RLock()
-_forking = threading.local()
 
 
 def _identity(info):
@@ -1052,7 +1051,10 @@ class _Hub:
                     name='unix-notifier', daemon=True)
                 thread.start()
                 self._thread = thread
-                _close_with_multiprocessing(self)
+                # A child of multiprocessing leaves without atexit. It runs
+                # its finalizers, which its bootstrap clears: not sooner.
+                if process.parent_process() is not None:
+                    util.Finalize(None, self.close, exitpriority=0)
         except (OSError, RuntimeError):
             self._waker = None
             self._asleep = True
@@ -1097,8 +1099,7 @@ class _Hub:
         return sock
 
     def _close_files(self):
-        for each in (*self._sockets, self._selector, self._reserve,
-                     self._lock):
+        for each in (*self._sockets, self._selector, self._lock):
             if each is not None:
                 each.close()
 
@@ -1386,7 +1387,7 @@ class _Hub:
 
     def _keep_reserve(self):
         with contextlib.suppress(OSError):
-            self._reserve = open(os.devnull, 'rb', buffering=0)
+            self._reserve = self._own(_unix_socket)
 
     def _rewatch(self, subscriber):
         """Have the selector watch for what the subscriber can do next."""
@@ -1566,23 +1567,8 @@ def _hang_up(sock):
 
 # -- the driver -------------------------------------------------------------
 
-_hubs = {}      # the hubs of this process, by path
-_hubs_lock = threading.RLock()   # held to add one
-
-
-def _hub_for(settings):
-    """The one hub for the path, made if need be."""
-    with _hubs_lock:
-        if settings.path not in _hubs:
-            _hubs[settings.path] = UnixDriver.hub_class(settings)
-        return _hubs[settings.path]
-
-
-def _after_fork_in_child():
-    global _hubs_lock, _no_fork
-    _hubs_lock, _no_fork = threading.RLock(), threading.RLock()
-    for hub in _hubs.values():
-        hub.forked()
+_hubs = {}      # the hubs of this process, by path: one for each
+_hubs_lock = threading.RLock()  # by who reads the options at the first call
 
 
 def _at_exit():
@@ -1594,23 +1580,21 @@ def _at_exit():
                           hub.settings.path)
 
 
-def _close_with_multiprocessing(hub):
-    """A child of multiprocessing leaves by os._exit, without atexit.
-
-    It runs its finalizers, which its bootstrap clears, hence not sooner.
-    """
-    if process.parent_process() is not None:
-        util.Finalize(None, hub.close, exitpriority=0)
-
-
 def _before_fork():
     # Not for ever: a log handler that forks may be what the loop waits for.
-    _forking.held = _no_fork.acquire(timeout=1)
+    _no_fork.acquire(timeout=1)
 
 
 def _after_fork_in_parent():
-    if _forking.held:
+    with contextlib.suppress(RuntimeError):     # it waited in vain
         _no_fork.release()
+
+
+def _after_fork_in_child():
+    global _hubs_lock, _no_fork
+    _hubs_lock, _no_fork = threading.RLock(), threading.RLock()
+    for hub in _hubs.values():
+        hub.forked()
 
 
 os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child,
@@ -1642,7 +1626,8 @@ class UnixDriver(notifier.Driver):
         :raises: ValueError, naming the option, the value and the limit
         """
         super().__init__(conf, topics, transport)
-        self._settings = self._hub = self._fault = None
+        self._settings = self._hub = None
+        self._failed = False    # there will be no hub
         if conf is not None:
             self._configure(conf)
             if self._hub.settings != self._settings:
@@ -1660,7 +1645,9 @@ class UnixDriver(notifier.Driver):
         if self._settings is None:
             register_opts(conf)
             self._settings = _read_settings(conf)
-        self._hub = _hub_for(self._settings)
+        # In one step, for any thread; a hub that was never started is nothing.
+        self._hub = _hubs.setdefault(self._settings.path,
+                                     self.hub_class(self._settings))
 
     def notify(self, ctxt, message, priority, retry):
         """Hand a notification to whoever is connected, or drop it.
@@ -1686,23 +1673,19 @@ class UnixDriver(notifier.Driver):
         """The hub at the first call, if there was no conf; None if invalid.
 
         There is nobody to raise an error to, and notify() must not log: a
-        thread does.
+        thread does. Without one to be had, the process exits, most likely.
         """
         with _hubs_lock:
-            if self._hub is None and self._fault is None:
+            if self._hub is None and not self._failed:
                 try:
                     self._configure(cfg.CONF)
                 except Exception as error:
-                    self._fault = str(error)
-                    self._log_fault()
+                    self._failed = True
+                    with contextlib.suppress(RuntimeError):
+                        threading.Thread(target=LOG.error, daemon=True, args=(
+                            'No notifications are published: %s', str(error)
+                            )).start()
             return self._hub
-
-    def _log_fault(self):
-        try:
-            threading.Thread(target=LOG.error, daemon=True, args=(
-                'No notifications are published: %s', self._fault)).start()
-        except RuntimeError:
-            pass        # no more threads: the process exits, most likely
 
 
 # ---------------------------------------------------------------------------

@@ -1124,6 +1124,13 @@ class EventTest(TestCase):
         del event
         self.assertEqual(before, open_files())
 
+    def test_descriptors_that_run_out_meanwhile_are_not_kept(self):
+        before = open_files()
+        for name in 'socket.socket', 'os.eventfd':
+            with fixtures.MonkeyPatch(name, none_left):
+                self.assertRaises(RuntimeError, unix_notifier._Event)
+            self.assertEqual(before, open_files())
+
 
 class GateTest(TestCase):
 

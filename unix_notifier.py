@@ -832,11 +832,11 @@ class _Event:
     def __init__(self, fd=None):
         self._fd = fd
         if fd is None:
-            fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             # On the number of a new socket, for eventlet hears of those: in
             # a forked child it believes that numbers which we closed are
             # still waited for, and would raise at every wait for this one.
             new = socket.socket(socket.AF_UNIX)
+            fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             self._fd = new.detach()     # apart, or a green one would close
             os.dup2(fd, self._fd, inheritable=False)
             os.close(fd)

@@ -445,19 +445,10 @@ class _Lock:
                               | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
         try:
             self._check(os.fstat(self.fd))
-            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            owner = self.read().get('pid', 'unknown')
-            self.close()
-            raise BlockingIOError(
-                error.errno, 'held by process %s' % owner, self.path)
+            self._take()
         except OSError:
             self.close()
             raise
-        if not self.intact():
-            self.close()
-            raise BlockingIOError(
-                errno.EAGAIN, 'replaced as we took it', self.path)
 
     def _refuse_root(self):
         """Keep root out of a service's directory, before it creates a file.
@@ -480,6 +471,17 @@ class _Lock:
             raise PermissionError(
                 errno.EPERM, 'the lock belongs to uid %d' % info.st_uid,
                 self.path)
+
+    def _take(self):
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = self.read().get('pid', 'unknown')
+            raise BlockingIOError(
+                error.errno, 'held by process %s' % owner, self.path)
+        if not self.intact():
+            raise BlockingIOError(
+                errno.EAGAIN, 'replaced as we took it', self.path)
 
     def read(self):
         """What the last owner left: its pid, identities by path."""
@@ -1127,7 +1129,8 @@ class _Hub:
         self._open()
         events = self._wait(limit)
         for key, mask in events:
-            key.data(mask)
+            if key.data is not None:
+                key.data(mask)
         self._look_after_path()
         due, handed, self._handed = len(self._queue), self._handed, []
         # Looked at now, whatever was reported before.
@@ -1249,7 +1252,7 @@ class _Hub:
         self._announce()
         bound.sock.listen(_BACKLOG)
         self._pause.clear()
-        self._watch(bound.sock, self._on_knock)
+        self._watch(bound.sock)
         if old is not None:
             self._close_listener(old)
         self._say(logging.INFO, 'served with mode %04o, group %s, by pid %d',
@@ -1269,9 +1272,6 @@ class _Hub:
     def _announce(self):
         """RELAY's joint: before it listens, tell who looks at it."""
 
-    def _on_knock(self, _mask):
-        """It has ended the wait; that is all."""
-
     def _close_listener(self, bound):
         # First: a forked child may hold it open, and what happens to it
         # would be reported here for ever.
@@ -1279,8 +1279,9 @@ class _Hub:
         bound.unlink()
         bound.sock.close()
 
-    def _watch(self, sock, callback):
-        self._selector.register(sock, selectors.EVENT_READ, callback)
+    def _watch(self, sock, callback=None, mask=selectors.EVENT_READ):
+        """Without a callback it only ends the wait."""
+        self._selector.register(sock, mask, callback)
 
     def _unwatch(self, sock):
         with contextlib.suppress(KeyError):
@@ -1302,25 +1303,19 @@ class _Hub:
         if paused and time.monotonic() < paused:
             return
         self._set_open(True)    # before the first: see _Gate
-        try:
-            for _ in range(_BACKLOG + 1):
-                self._accept_one()
-        except BlockingIOError:
-            pass        # nobody waits any more
+        for _ in range(_BACKLOG + 1):
+            try:
+                sock = self._own(_accept, self._bound.sock)
+            except BlockingIOError:
+                break       # nobody waits any more
+            except OSError as error:
+                if error.errno in _STARVED and not self._turn_away(error):
+                    break
+            else:
+                self._admit(sock)
         if paused and self._pause.at == paused:
             self._pause.clear()
-            self._watch(self._bound.sock, self._on_knock)
-
-    def _accept_one(self):
-        try:
-            sock = self._own(_accept, self._bound.sock)
-        except OSError as error:
-            if error.errno == errno.EAGAIN:
-                raise
-            if error.errno in _STARVED:
-                self._turn_away(error)
-        else:
-            self._admit(sock)
+            self._watch(self._bound.sock)
 
     def _admit(self, sock):
         if self._pause.at:
@@ -1367,7 +1362,7 @@ class _Hub:
 
         The listener stays readable and would be reported for ever.
 
-        :raises: BlockingIOError when nobody is left to refuse, or to pause
+        :returns: whether to go on: somebody was refused
         """
         if not self._starved:
             self._starved = True
@@ -1376,12 +1371,13 @@ class _Hub:
             if self._reserve is not None:
                 self._reserve.close()
             self._refuse(_accept(self._bound.sock), _NO_DESCRIPTORS)
+            return True
         except BlockingIOError:
-            raise
+            return False
         except OSError:     # another thread was faster; or no reserve
             self._unwatch(self._bound.sock)
             self._pause.fail()
-            raise BlockingIOError(errno.EAGAIN, 'accepting pauses')
+            return False
         finally:
             self._keep_reserve()
 
@@ -1392,14 +1388,12 @@ class _Hub:
     def _rewatch(self, subscriber):
         """Have the selector watch for what the subscriber can do next."""
         mask = subscriber.wanted()
-        if mask == subscriber.mask:
-            return
-        if subscriber.mask:
-            self._selector.unregister(subscriber.sock)
-        if mask:
-            self._selector.register(subscriber.sock, mask, functools.partial(
-                self._on_subscriber, subscriber))
-        subscriber.mask = mask
+        if mask != subscriber.mask:
+            subscriber.mask = mask
+            self._unwatch(subscriber.sock)
+            if mask:
+                self._watch(subscriber.sock, functools.partial(
+                    self._on_subscriber, subscriber), mask)
 
     def _on_subscriber(self, subscriber, mask):
         if subscriber not in self._subscribers:

@@ -1735,9 +1735,8 @@ class AcceptTest(HubCase):
             hub = self.make_hub()
             listener = self.script(hub, errno.EMFILE, errno.EMFILE)
             if reserve is None:     # there was none to begin with
-                hub._keep_reserve = lambda: None
-                hub._reserve.close()
                 hub._reserve = None
+                listener.script.pop()
             client = self.connect(hub)
             accepts = listener.accepts
             hub._pause.at += WAIT

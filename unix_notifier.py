@@ -132,7 +132,6 @@ _GIVE_WAY = 50e-6
 
 # What accept() says when the process or the machine has run out.
 _STARVED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-_NO_DESCRIPTORS = 'the service is out of file descriptors'
 
 # Connections that the kernel holds for us between two turns.
 _BACKLOG = 128
@@ -1171,7 +1170,6 @@ class _Hub:
             self._selector = selectors.DefaultSelector()
             if self._waker is not None:
                 self._watch(self._waker, lambda _: self._waker.clear())
-            self._keep_reserve()
             self._check_path()
 
     def _set_open(self, is_open):
@@ -1252,6 +1250,7 @@ class _Hub:
         self._announce()
         bound.sock.listen(_BACKLOG)
         self._pause.clear()
+        self._keep_reserve()
         self._watch(bound.sock)
         if old is not None:
             self._close_listener(old)
@@ -1309,18 +1308,19 @@ class _Hub:
             except BlockingIOError:
                 break       # nobody waits any more
             except OSError as error:
-                if error.errno in _STARVED and not self._turn_away(error):
-                    break
+                if error.errno in _STARVED and not self._spare(error):
+                    return
             else:
                 self._admit(sock)
-        if paused and self._pause.at == paused:
+        self._keep_reserve()
+        if paused:
             self._pause.clear()
             self._watch(self._bound.sock)
 
     def _admit(self, sock):
-        if self._pause.at:
-            # It waited while we could do nothing, and missed what was sent.
-            self._refuse(sock, _NO_DESCRIPTORS)
+        if self._reserve is None:
+            # It has the last, or waited in a pause and missed what was sent.
+            self._refuse(sock, 'the service is out of file descriptors')
             return
         if self._starved:
             self._starved = False
@@ -1357,33 +1357,26 @@ class _Hub:
                       socket.MSG_NOSIGNAL)
         _hang_up(sock)
 
-    def _turn_away(self, error):
-        """Give up the reserve, to refuse one; or pause accepting.
+    def _spare(self, error):
+        """Give up the reserve, to refuse who waits; False if there is none.
 
-        The listener stays readable and would be reported for ever.
-
-        :returns: whether to go on: somebody was refused
+        Then accepting pauses: the listener stays readable and would be
+        reported for ever.
         """
         if not self._starved:
             self._starved = True
             self._say(logging.WARNING, 'subscribers are refused: %s', error)
-        try:
-            if self._reserve is not None:
-                self._reserve.close()
-            self._refuse(_accept(self._bound.sock), _NO_DESCRIPTORS)
-            return True
-        except BlockingIOError:
-            return False
-        except OSError:     # another thread was faster; or no reserve
+        reserve, self._reserve = self._reserve, None
+        if reserve is None:     # another thread was faster
             self._unwatch(self._bound.sock)
             self._pause.fail()
             return False
-        finally:
-            self._keep_reserve()
+        reserve.close()
+        return True
 
     def _keep_reserve(self):
         with contextlib.suppress(OSError):
-            self._reserve = self._own(_unix_socket)
+            self._reserve = self._reserve or self._own(_unix_socket)
 
     def _rewatch(self, subscriber):
         """Have the selector watch for what the subscriber can do next."""
@@ -1451,8 +1444,7 @@ class _Hub:
             self._backlog.append(
                 self._gap_line(lost, 'queue full'), 0, lost)
 
-    def _gap_line(self, lost, reason):
-        return _lost_record(lost, reason)
+    _gap_line = staticmethod(_lost_record)
 
     def _flush(self):
         """Send to all who take more, and hold the others to the bound."""

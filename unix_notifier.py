@@ -414,11 +414,12 @@ def _identity(info):
     return [info.st_dev, info.st_ino, info.st_ctime_ns]
 
 
-def _lstat(path):
+def _is_at(path, identity):
+    """Whether the path is the file, whose ctime may have changed since."""
     try:
-        return os.lstat(path)
+        return _identity(os.lstat(path))[:2] == identity[:2]
     except OSError:
-        return None
+        return False
 
 
 class _Lock:
@@ -443,8 +444,7 @@ class _Lock:
             self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
                               | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
         try:
-            self._check(os.fstat(self.fd))
-            self._take()
+            self._take(os.fstat(self.fd))
         except OSError:
             self.close()
             raise
@@ -462,7 +462,7 @@ class _Lock:
                 errno.EPERM, 'root does not serve in a directory that '
                 'belongs to uid %d' % owner, os.path.dirname(self.path))
 
-    def _check(self, info):
+    def _take(self, info):
         if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1:
             raise OSError(errno.EINVAL, 'not a regular file with one link',
                           self.path)
@@ -470,8 +470,6 @@ class _Lock:
             raise PermissionError(
                 errno.EPERM, 'the lock belongs to uid %d' % info.st_uid,
                 self.path)
-
-    def _take(self):
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -499,10 +497,8 @@ class _Lock:
 
     def intact(self):
         """Whether the lock is held, and on the file that others would open."""
-        if self.fd is None:
-            return False
-        info = _lstat(self.path)
-        return info is not None and os.path.samestat(info, os.fstat(self.fd))
+        return self.fd is not None and _is_at(
+            self.path, _identity(os.fstat(self.fd)))
 
     def close(self):
         """Only close: LOCK_UN in a forked child would free the parent's."""
@@ -522,9 +518,7 @@ class _Bound:
 
     def intact(self):
         """Whether the path is still our file."""
-        info = _lstat(self.path)
-        return (info is not None
-                and _identity(info)[:2] == self.identity[:2])
+        return _is_at(self.path, self.identity)
 
     def unlink(self):
         """Remove the file, if it is still ours.
@@ -544,20 +538,19 @@ def _bind(sock, path, mode, gid=None):
 
     :raises: OSError, naming the path; nothing is left behind
     """
+    bound = None
     try:
         sock.setblocking(False)
         sock.bind(path)
         bound = _Bound(path, sock, _identity(os.lstat(path)))
-        try:
-            if gid is not None:
-                os.lchown(path, -1, gid)
-            os.chmod(path, mode)
-        except OSError:
-            bound.unlink()
-            raise
+        if gid is not None:     # a sandbox may forbid even to change nothing
+            os.lchown(path, -1, gid)
+        os.chmod(path, mode)
         bound.identity = _identity(os.lstat(path))
         return bound
     except OSError as error:
+        if bound is not None:
+            bound.unlink()
         sock.close()
         raise OSError(error.errno, error.strerror, path)
 
@@ -579,8 +572,9 @@ def _is_left_over(path, left):
                  still answers
     :raises: OSError when something else is in the way, which is kept
     """
-    info = _lstat(path)
-    if info is None:
+    try:
+        info = os.lstat(path)
+    except OSError:
         return False
     if not stat.S_ISSOCK(info.st_mode):
         raise FileExistsError(

@@ -206,10 +206,9 @@ def _scrub(value, above=()):
                     for key, item in list(value.items())}
         if isinstance(value, (list, tuple)):
             return [_scrub(item, above) for item in value]
-        plain = value if _is_plain(value) else _primitive(value)
-        if not _is_plain(plain):
-            return _scrub(plain, above)
-        return json.loads(json.dumps(plain), parse_constant=lambda nan: None)
+        if not _is_plain(value):
+            return _scrub(_primitive(value), above)
+        return json.loads(json.dumps(value), parse_constant=lambda nan: None)
     except Exception:
         return _repr(value)
 
@@ -231,15 +230,9 @@ _KEYS = ('message_id', 'publisher_id', 'event_type', 'priority', 'payload',
 def _encode(message, mask=False):
     """Serialize a notification to one line of ASCII, LF included.
 
-    All drivers share the message, and messagingv2, if it comes first, adds
-    the request context, tokens included: see _KEYS.
-
-    :param message: a notification as the Notifier builds it
-    :type message: dict
-    :param mask: hide secrets as the log driver does
-    :type mask: bool
-    :returns: the line; it is valid JSON (RFC 8259) whatever the payload
-    :rtype: bytes
+    It is valid JSON (RFC 8259) whatever the payload. All drivers share the
+    message, and messagingv2, if it comes first, adds the request context,
+    tokens included: see _KEYS.
     """
     if len(message) > len(_KEYS):
         message = {key: message[key] for key in _KEYS if key in message}
@@ -336,10 +329,7 @@ _Settings = collections.namedtuple('_Settings', (
 
 
 def _parse_path(text):
-    """The path that an absolute path or a ``unix://`` URI names.
-
-    :raises: ValueError, naming the value and what is wrong with it
-    """
+    """The path that a path or a ``unix://`` URI names, or a ValueError."""
     if not text:
         raise ValueError('not set, and the unix driver needs it')
     path = text
@@ -380,10 +370,7 @@ def _at_least(limit):
 
 
 def _read_settings(conf):
-    """Read and check the options, once.
-
-    :raises: ValueError, naming the option, the value and the limit
-    """
+    """Read and check the options; a ValueError names one and its limit."""
     def read(name, parse):
         value = conf[_GROUP][name]  # its type, too, raises ValueError
         try:
@@ -567,10 +554,9 @@ def _answers(path):
 def _is_left_over(path, left):
     """Whether there is a dead owner's socket at the path. Needs the lock.
 
-    :param left: the identity of the socket that the last owner bound here;
-                 it is dead, for we have its lock, even if a child of it
-                 still answers
-    :raises: OSError when something else is in the way, which is kept
+    What the last owner bound, and ``left``, is dead, for we have its lock,
+    even if a child of it still answers. Anything else that is in the way
+    raises OSError, and is kept.
     """
     try:
         info = os.lstat(path)
@@ -692,10 +678,7 @@ class _Subscriber:
         return bool(self.head or self.skipped or self.chunk.next)
 
     def flush(self):
-        """Send once, as much as the kernel takes.
-
-        :raises: OSError when the peer is gone
-        """
+        """Send once, what the kernel takes; an OSError: the peer is gone."""
         if self.skipped and not self.head:
             self.head = self.lost_line(self.skipped)
             self.lost += self.skipped
@@ -811,9 +794,8 @@ class _Subscriber:
 
 def _peer(sock):
     """The pid and the uid of who connected, or else of who listens."""
-    size = struct.calcsize('3i')
     return struct.unpack('3i', sock.getsockopt(
-        socket.SOL_SOCKET, socket.SO_PEERCRED, size))[:2]
+        socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[:2]
 
 
 # -- the loop ---------------------------------------------------------------

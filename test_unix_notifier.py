@@ -1421,24 +1421,30 @@ class QueueTest(HubCase):
         self.assertLess(sum(map(len, filter(None, hub._queue))), 65536 + 4096)
         self.pump(hub, client, 401)
 
-    def test_two_gaps_at_once_count_once_and_in_place(self):
+    def test_drops_at_once_count_once_and_in_place(self):
         hub = self.make_hub(sock_buffer_size=65536)
         client = self.connect(hub)
-        self.emit(hub, range(65))
-        hub._gap = None     # as a second thread may have read it
-        hub.drop()
-        gaps = [place for place, each in enumerate(hub._queue)
-                if each is not None and not each]
-        self.assertEqual(2, len(gaps))
-        hub._take(gaps[0] + 1, [])  # the loop's snapshot was in between
-        self.emit(hub, range(66, 140))
-        self.pump(hub, client, 140)
+        self.emit(hub, range(64))
+        first = next(hub._drops)    # a thread has counted, and no more
+        self.emit(hub, range(65, 66))
+        hub._turn(0)
+        self.emit(hub, range(66, 67))
+        hub._gap = first            # goes on
+        self.emit(hub, range(67, 69))
+        hub._turn(0)
+        self.emit(hub, range(69, 70))
+        hub._gap = first            # whose drop has long been told
+        hub._turn(0)
+        self.assertFalse(hub._waiting())
+        self.emit(hub, range(70, 71))
+        self.pump(hub, client, 71)
+        self.assertEqual([2, 2], lost(client.messages))
 
     def test_nothing_is_queued_behind_an_open_gap(self):
         hub = self.make_hub(sock_buffer_size=65536)
         client, encode = self.connect(hub), unix_notifier._encode
         self.emit(hub, range(65))
-        hub._take(64, [])   # the loop's snapshot was before the gap
+        hub._take(64, None, [])     # the loop's snapshot was before the gap
         self.emit(hub, range(65, 140))
         self.pump(hub, client, 140)
 
@@ -1451,6 +1457,23 @@ class QueueTest(HubCase):
             self.emit(hub, [140])
         self.pump(hub, client, 142)
         self.assertEqual([76, 2], lost(client.messages))
+
+    def test_who_connects_before_a_drop_is_told_of_it(self):
+        hub, accept, late = self.make_hub(
+            sock_buffer_size=65536), SteppedHub._accept, []
+        client = self.connect(hub)
+        self.emit(hub, range(65))
+
+        def accept_then_another_connects():
+            accept(hub)
+            if not late:
+                late.append(self.connect())
+                self.emit(hub, range(65, 66))   # finds the gap open
+
+        hub._accept = accept_then_another_connects
+        self.connect(hub)
+        self.pump(hub, client, 66)
+        self.assertEqual(66, account(late[0].read(), 65))
 
     def test_what_was_lost_while_nobody_was_there_is_not_told(self):
         hub = self.make_hub(sock_buffer_size=65536)
@@ -2089,8 +2112,9 @@ class EndTest(HubCase):
             self.assertEqual(count - 5 + 1, len(open_files()))
             hub._turn(0)    # the parent has the lock
             self.emit(hub, range(3))
-            self.assertEqual((None, {}, 0), (
+            self.assertEqual((None, {}, hub._drops_read), (
                 hub._bound, hub._subscribers, next(hub._drops)))
+            self.assertEqual(0, hub._lost)
             hub.finish()
 
         self.assertEqual('', in_child(child))

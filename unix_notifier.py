@@ -629,11 +629,8 @@ class _Backlog:
             chunk.first + lines + lost)
 
     def extend(self, batch):
-        """Add lines, in chunks of at most _CHUNK_MAX bytes or one line.
-
-        Without the pads, and gaps that are not on record.
-        """
-        lines = list(filter(None, batch))
+        """Add lines, in chunks of at most _CHUNK_MAX bytes or one line."""
+        lines = list(filter(None, batch))   # without the pads
         ends = list(itertools.accumulate(map(len, lines)))
         low = base = 0
         while low < len(lines):
@@ -910,11 +907,12 @@ class _Hub:
     def _reset(self):
         """The state of this process; nothing of it is carried over a fork."""
         # Any thread.
-        self._queue = collections.deque()   # lines, pads (None), gaps
+        self._queue = collections.deque()   # lines, and pads (None)
         self._room = self.settings.buffer_size // _QUEUE_UNIT
         self._ahead = self._room // 2   # from here on they give way
         self._drops = itertools.count()     # next() is atomic, += is not
-        self._gap = None        # the queue ends in this gap, or soon will
+        self._gap = None        # the last drop, or one of the last
+        self._filled = None     # the gap for which there is a record
         self._asleep = True     # the loop must be woken, or started
         self._gate = _Gate(is_open=True)    # keep all until the first claim
         self._starting = threading.Lock()   # tried, never waited for
@@ -936,7 +934,8 @@ class _Hub:
         self._reserve = None    # a descriptor to give up when there is none
         self._starved = False   # accepting fails for want of descriptors
         self._pause = _Backoff()    # and refusing fails, too
-        self._drops_told = 0    # what next(_drops) gives if none was since
+        self._drops_read = 0    # what next(_drops) gives if none was since
+        self._lost = 0          # drops that a record is due for
 
     # Any thread.
 
@@ -948,11 +947,11 @@ class _Hub:
         if not gate.open and not self._anyone(gate):
             return
         queued = len(self._queue)
-        if self._gap is not None or queued >= self._room:
+        if self._gap is not self._filled or queued >= self._room:
             self.drop()
             return
         line = _encode(message, self.settings.mask_secrets)
-        if self._gap is not None or len(line) > _LINE_MAX:
+        if self._gap is not self._filled or len(line) > _LINE_MAX:
             self.drop()
             return
         # In one step, so that the loop never finds a line without its pads.
@@ -979,14 +978,12 @@ class _Hub:
     def drop(self):
         """Count a notification for which there is no room, at its place.
 
-        The count comes first. Then, if there is a gap, the loop has yet to
-        lift it before it reads the count: it cannot miss ours. If two
-        threads open one at once, the gap that is on record counts for both.
+        It opens a gap: nothing is queued until the loop has filled the last
+        one with a record. A gap that the loop sees is in the count, which it
+        reads next; and what a thread queued before it dropped something is
+        due, for the length of the queue is read after the count.
         """
-        drops = next(self._drops)
-        if self._gap is None:
-            self._gap = gap = bytearray()   # false, like a pad; not shared
-            self._queue.append(gap)
+        self._gap = drops = next(self._drops)
         if self._asleep:
             self._wake()
         if drops % _BATCH == _BATCH - 1:
@@ -1048,7 +1045,7 @@ class _Hub:
             self._thread.join(_EXIT_TIME)
             if self._thread.is_alive():
                 return      # stuck in a log handler, say; leave it its state
-        if self._thread is not None or self._queue:
+        if self._thread is not None or self._waiting():
             self._leave()
 
     def forked(self):
@@ -1096,8 +1093,8 @@ class _Hub:
         """Wait for something to do, at most ``limit`` seconds, and do it.
 
         What is due came from calls that may follow any connect() that has
-        returned. So: see how much is due, then accept who has come, then
-        take what is due.
+        returned. So: see how much is due, and was dropped, then accept who
+        has come, then take what is due.
 
         :returns: whether there was anything to do
         """
@@ -1107,12 +1104,13 @@ class _Hub:
             if key.data is not None:
                 key.data(mask)
         self._look_after_path()
+        gap = self._count_drops()
         due, handed, self._handed = len(self._queue), self._handed, []
         # Looked at now, whatever was reported before.
         if self._bound is not None and (
                 self._pause.at or self._gate.look()):
             self._accept()
-        self._take(due, handed)
+        self._take(due, gap, handed)
         self._flush()
         if handed:
             self._ahead = _BATCH    # others need the loop as much as we do
@@ -1121,9 +1119,9 @@ class _Hub:
 
     def _wait(self, limit):
         timeout, pid = 0, os.getpid()
-        if not (self._queue or self._unsent):
+        if not (self._waiting() or self._unsent):
             self._asleep = True
-            if not self._queue:     # after the flag: see emit()
+            if not self._waiting():     # after the flag: see emit()
                 timeout = self._timeout(limit)
         events = self._selector.select(timeout)
         # Green threads survive a fork, and this one may wake in the child,
@@ -1132,6 +1130,10 @@ class _Hub:
             raise RuntimeError('not the loop of this process')
         self._asleep = False
         return events
+
+    def _waiting(self):
+        """Whether publishers have left anything for the loop."""
+        return bool(self._queue) or self._gap is not self._filled
 
     def _timeout(self, limit):
         due = [each.at for each in (self._retry, self._pause) if each.at]
@@ -1387,7 +1389,14 @@ class _Hub:
 
     # Lines.
 
-    def _take(self, due, handed):
+    def _count_drops(self):
+        """See how many a record is due for; returns the gap: see drop()."""
+        gap, drops = self._gap, next(self._drops)   # which itself counts
+        self._lost += drops - self._drops_read
+        self._drops_read = drops + 1
+        return gap
+
+    def _take(self, due, gap, handed):
         """Move what is due to the backlog, in its order.
 
         In batches, or queue, batch and chunks would be three copies of a
@@ -1395,30 +1404,15 @@ class _Hub:
         """
         self._room -= due   # in the backlog it takes as much; see _flush()
         for size in range(due, 0, -_BATCH):
-            self._take_batch(min(size, _BATCH))
+            self._backlog.extend([self._queue.popleft()
+                                  for _ in range(min(size, _BATCH))])
+        if self._lost:
+            self._backlog.append(self._gap_line(
+                self._lost, 'queue full'), 0, self._lost)
+            self._lost = 0
+        self._filled = gap      # unless there is a new one it is closed
         for chunk in handed:
             self._backlog.append(*chunk)
-
-    def _take_batch(self, size):
-        batch = [self._queue.popleft() for _ in range(size)]
-        gap = self._gap
-        if gap is not None:
-            place = next((place for place, each in enumerate(batch)
-                          if each is gap), size)
-            self._backlog.extend(batch[:place])
-            if place < size:
-                self._append_gap()
-            batch = batch[place:]
-        self._backlog.extend(batch)
-
-    def _append_gap(self):
-        """Put a record where publishers found the queue full; see drop()."""
-        self._gap = None    # before the count is read, which itself counts
-        drops = next(self._drops)
-        lost, self._drops_told = drops - self._drops_told, drops + 1
-        if lost:
-            self._backlog.append(
-                self._gap_line(lost, 'queue full'), 0, lost)
 
     _gap_line = staticmethod(_lost_record)
 

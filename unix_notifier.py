@@ -352,13 +352,9 @@ def _parse_path(text):
 
 
 def _parse_mode(text):
-    try:
-        mode = int(text, 8)
-    except ValueError:
-        mode = -1
-    if not 0 <= mode <= 0o777:
+    if not re.fullmatch('(0o)?0*[0-7]{1,3}', text):
         raise ValueError('%r is not octal, within 0000 and 0777' % text)
-    return mode
+    return int(text, 8)
 
 
 def _at_least(limit):
@@ -835,10 +831,8 @@ class _Event:
         _libc.write(self._fd, _ONE, ctypes.c_size_t(len(_ONE)))
 
     def clear(self):
-        try:
-            os.eventfd_read(self._fd)
-        except BlockingIOError:
-            pass
+        """Only if it is set; by one reader."""
+        os.eventfd_read(self._fd)
 
 
 class _Gate:
@@ -858,7 +852,6 @@ class _Gate:
 
     def __init__(self, filenos=(), is_open=False):
         self.open = is_open
-        self.filenos = filenos
         # An array of struct pollfd, in the order in which they are visited.
         # All threads share it: each keeps the GIL for the whole of the call.
         pollfds = ctypes.create_string_buffer(b''.join(

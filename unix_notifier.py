@@ -601,6 +601,12 @@ class _Chunk:
         self.lost = 0       # notifications that it, a record, stands for
         self.next = None
 
+    def preceded(self, first, data, lost):
+        """A chunk that one subscriber alone sends, before this one."""
+        chunk = _Chunk(self.start, first)
+        chunk.data, chunk.lost, chunk.next = data, lost, self
+        return chunk
+
 
 class _Backlog:
     """What subscribers have yet to send: a linked list of chunks.
@@ -653,11 +659,8 @@ class _Subscriber:
         # The cursor.
         self.chunk = backlog.tail
         self.offset = 0         # bytes of the chunk that were sent
-        self.head = b''         # a line that goes before the chunk
-        self.head_sent = 0      # bytes of the head that were sent
         # The account, in notifications: see received().
         self.joined = self.chunk.first
-        self.skipped = 0        # lost and not yet reported
         self.lost = 0           # reported as lost
         self.lagging = None     # ``lost`` when it began to lag
 
@@ -668,18 +671,23 @@ class _Subscriber:
 
     def pending(self):
         """Whether there is anything to send."""
-        return bool(self.head or self.skipped or self.chunk.next)
+        return self.chunk.next is not None
+
+    def chunks(self):
+        """What there is to send."""
+        chunk = self.chunk
+        while chunk.next:
+            if not chunk.data:      # of a record that trim() has put there
+                chunk.data = self.lost_line(chunk.lost)
+            yield chunk
+            chunk = chunk.next
 
     def flush(self):
         """Send once, what the kernel takes; an OSError: the peer is gone."""
-        if self.skipped and not self.head:
-            self.head = self.lost_line(self.skipped)
-            self.lost += self.skipped
-            self.skipped = 0
         chunk, sent = self.chunk, 0
         try:
             # A service may have restored SIGPIPE, which would kill it.
-            if self.head or self.offset or not chunk.next or chunk.next.next:
+            if self.offset or not chunk.data or chunk.next.next:
                 buffers = self._buffers()
                 size = sum(map(len, buffers))
                 sent = self.sock.sendmsg(buffers, (), socket.MSG_NOSIGNAL)
@@ -696,39 +704,28 @@ class _Subscriber:
 
     def _buffers(self):
         """What comes next, up to about _SEND_MAX bytes."""
-        buffers = [memoryview(self.head)[self.head_sent:]] if self.head else []
-        size, chunk, offset = len(self.head), self.chunk, self.offset
-        # If lines were skipped, a record comes before the chunk.
-        while chunk.next and not self.skipped and size < _SEND_MAX:
-            buffers.append(
-                memoryview(chunk.data)[offset:] if offset else chunk.data)
+        buffers, size = [], 0
+        for chunk in self.chunks():
+            buffers.append(chunk.data)
             # Small chunks count for more: the kernel takes 1024 at a time.
             size += max(len(chunk.data), _SEND_MAX // 512)
-            chunk, offset = chunk.next, 0
+            if size >= _SEND_MAX:
+                break
+        if self.offset:
+            buffers[0] = memoryview(buffers[0])[self.offset:]
         return buffers
 
     def _advance(self, sent):
-        if self.head:
-            self.head_sent += sent
-            sent = self.head_sent - len(self.head)
-            if sent < 0:
-                return
-            self.head, self.head_sent = b'', 0
         self.offset += sent
-        while self.chunk.next and self.offset >= len(self.chunk.data):
-            self._finish_chunk()
-
-    def _finish_chunk(self):
-        self.offset -= len(self.chunk.data)
-        self.lost += self.chunk.lost
-        self.chunk = self.chunk.next
+        # Not beyond a record that has yet to be written, nor the tail.
+        while self.chunk.data and self.offset >= len(self.chunk.data):
+            self.offset -= len(self.chunk.data)
+            self.lost += self.chunk.lost
+            self.chunk = self.chunk.next
 
     def received(self):
-        """How many were sent: what came before the cursor and is not lost.
-
-        A line that is being sent before a record counts as sent.
-        """
-        return (self.chunk.first - self.joined - self.lost - self.skipped
+        """How many were sent: what is before the cursor and was not lost."""
+        return (self.chunk.first - self.joined - self.lost
                 + self.chunk.data.count(b'\n', 0, self.offset))
 
     def trim(self, backlog):
@@ -738,27 +735,26 @@ class _Subscriber:
         case, so that a notification that is larger than the buffer reaches
         who is ready for it.
         """
-        chunk = self.chunk
+        here = chunk = self.chunk
         while backlog.behind(chunk) > backlog.limit and chunk.next.next:
             chunk = chunk.next
-        if chunk is self.chunk:
+        if chunk.start == here.start:   # what precedes it starts there, too
             return False
-        skipped = chunk.first - self._finish_line()
-        self.chunk, self.offset = chunk, 0
-        self.skipped += skipped
-        return skipped > 0
-
-    def _finish_line(self):
-        """Move a half-sent line to the head; how far that accounts for."""
-        data, end = self.chunk.data, self.offset
-        start = data.rfind(b'\n', 0, end) + 1
-        if start < end:
-            end = data.index(b'\n', end) + 1
-            self.head, self.head_sent = data[start:end], self.offset - start
-        if end == len(data):        # it may be a record, which weighs more
-            self._finish_chunk()
-            return self.chunk.first
-        return self.chunk.first + data.count(b'\n', 0, end)
+        data, sent = here.data, self.offset
+        start = end = data.rfind(b'\n', 0, sent) + 1
+        if start < sent:
+            end = data.index(b'\n', sent) + 1
+        # A line counts for one; a record, which is a chunk, for more.
+        first = here.first + data.count(b'\n', 0, start)
+        after = (here.next.first if 0 < end == len(data)
+                 else here.first + data.count(b'\n', 0, end))
+        lost = chunk.first - after
+        if lost:
+            chunk = chunk.preceded(after, b'', lost)
+        if start < sent:
+            chunk = chunk.preceded(first, data[start:end], here.lost)
+        self.chunk, self.offset = chunk, sent - start
+        return lost > 0
 
     def listen(self):
         """Discard what the peer sent; why it must part, or None."""
@@ -1378,7 +1374,8 @@ class _Hub:
         _hang_up(subscriber.sock)
         self._say(logging.INFO, 'subscriber parted: %s, %d lines, %d lost; %s',
                   subscriber.who, subscriber.received(),
-                  subscriber.lost + subscriber.skipped, reason)
+                  subscriber.lost + sum(each.lost for each in
+                                        subscriber.chunks()), reason)
 
     # Lines.
 
@@ -1444,9 +1441,8 @@ class _Hub:
 
     def _hold(self, subscriber):
         """Keep within the bound what the subscriber has yet to be sent."""
-        lost = subscriber.lost + subscriber.skipped
         if subscriber.trim(self._backlog) and subscriber.lagging is None:
-            subscriber.lagging = lost
+            subscriber.lagging = subscriber.lost
             self._say(logging.WARNING, 'subscriber lags by more than %d '
                       'bytes and loses notifications: %s',
                       self._backlog.limit, subscriber.who)
@@ -1719,24 +1715,18 @@ class _Uplink(_Subscriber):
         """
         sock, self.sock = self.sock, None
         self.greeted, self.blocked, self.mask = False, True, 0
-        self.head_sent = 0
         self.offset = self.chunk.data.rfind(b'\n', 0, self.offset) + 1
         return sock
 
     def forget(self, backlog):
         """Owe nothing: nobody is there to whom it could go."""
         self.chunk, self.offset = backlog.tail, 0
-        self.head, self.head_sent, self.skipped = b'', 0, 0
 
     def rest(self):
         """All that is pending, as chunks."""
-        parts = [self.head]
-        if self.skipped:
-            parts.append(self.lost_line(self.skipped))
-        chunk, offset = self.chunk, self.offset
-        while chunk.next:
-            parts.append(chunk.data[offset:])
-            chunk, offset = chunk.next, 0
+        parts = [chunk.data for chunk in self.chunks()]
+        if self.offset:
+            parts[0] = parts[0][self.offset:]
         return [each for part in parts for each in _chunks(part)]
 
 

@@ -71,6 +71,13 @@ def account(lines, number):
     return number
 
 
+def shared(chunk):
+    """The chunk of all, before which those of one subscriber start."""
+    while chunk.next and chunk.next.start == chunk.start:
+        chunk = chunk.next
+    return chunk
+
+
 class Machine(stateful.RuleBasedStateMachine):
 
     """Subscribers of one backlog, each with a socket of its own."""
@@ -122,13 +129,10 @@ class Machine(stateful.RuleBasedStateMachine):
     @stateful.rule()
     def trim(self):
         for subscriber in self.subscribers:
-            before, skipped = subscriber.chunk, subscriber.skipped
+            before = shared(subscriber.chunk)
             moved = subscriber.trim(self.backlog)
-            assert moved == (subscriber.skipped > skipped)
-            chunk = subscriber.chunk
-            # What goes before a chunk starts where that does.
-            while chunk.next and chunk.next.start == chunk.start:
-                chunk = chunk.next
+            chunk = shared(subscriber.chunk)
+            assert not moved or chunk is not before
             assert (self.backlog.behind(chunk) <= LIMIT
                     or chunk.next.next is None)
             while before is not chunk:      # which it could not stay at

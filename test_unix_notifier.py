@@ -1441,7 +1441,7 @@ class QueueTest(HubCase):
         hub = self.make_hub(sock_buffer_size=65536)
         client, encode = self.connect(hub), unix_notifier._encode
         self.emit(hub, range(65))
-        hub._take(64, None, [])     # the loop's snapshot was before the gap
+        hub._take(64, [])   # the loop's snapshot was before the gap
         self.emit(hub, range(65, 140))
         self.pump(hub, client, 140)
 

@@ -901,7 +901,7 @@ class _Hub:
         self._ahead = self._room // 2   # from here on they give way
         self._drops = itertools.count()     # next() is atomic, += is not
         self._gap = None        # the last drop, or one of the last
-        self._filled = None     # the gap for which there is a record
+        self._gap_seen = None   # by the loop: nothing is queued till then
         self._asleep = True     # the loop must be woken, or started
         self._gate = _Gate(is_open=True)    # keep all until the first claim
         self._starting = threading.Lock()   # tried, never waited for
@@ -936,11 +936,11 @@ class _Hub:
         if not gate.open and not self._anyone(gate):
             return
         queued = len(self._queue)
-        if self._gap is not self._filled or queued >= self._room:
+        if self._gap is not self._gap_seen or queued >= self._room:
             self.drop()
             return
         line = _encode(message, self.settings.mask_secrets)
-        if self._gap is not self._filled or len(line) > _LINE_MAX:
+        if self._gap is not self._gap_seen or len(line) > _LINE_MAX:
             self.drop()
             return
         # In one step, so that the loop never finds a line without its pads.
@@ -967,10 +967,11 @@ class _Hub:
     def drop(self):
         """Count a notification for which there is no room, at its place.
 
-        It opens a gap: nothing is queued until the loop has filled the last
-        one with a record. A gap that the loop sees is in the count, which it
-        reads next; and what a thread queued before it dropped something is
-        due, for the length of the queue is read after the count.
+        It opens a gap, behind which nothing is queued until the loop has
+        looked: at the gap, the count and the length of the queue, in this
+        order, before it closes the gap. So a gap that it saw is in the count,
+        and the record goes behind what is due: all that a thread queued
+        before it dropped something, and nothing that it queues later.
         """
         self._gap = drops = next(self._drops)
         if self._asleep:
@@ -1082,8 +1083,8 @@ class _Hub:
         """Wait for something to do, at most ``limit`` seconds, and do it.
 
         What is due came from calls that may follow any connect() that has
-        returned. So: see how much is due, and was dropped, then accept who
-        has come, then take what is due.
+        returned. So: see how much is due, then accept who has come, then
+        take what is due.
 
         :returns: whether there was anything to do
         """
@@ -1093,13 +1094,13 @@ class _Hub:
             if key.data is not None:
                 key.data(mask)
         self._look_after_path()
-        gap = self._count_drops()
-        due, handed, self._handed = len(self._queue), self._handed, []
+        due = self._count()
+        handed, self._handed = self._handed, []
         # Looked at now, whatever was reported before.
         if self._bound is not None and (
                 self._pause.at or self._gate.look()):
             self._accept()
-        self._take(due, gap, handed)
+        self._take(due, handed)
         self._flush()
         if handed:
             self._ahead = _BATCH    # others need the loop as much as we do
@@ -1122,7 +1123,7 @@ class _Hub:
 
     def _waiting(self):
         """Whether publishers have left anything for the loop."""
-        return bool(self._queue) or self._gap is not self._filled
+        return bool(self._queue) or self._gap is not self._gap_seen
 
     def _timeout(self, limit):
         due = [each.at for each in (self._retry, self._pause) if each.at]
@@ -1379,14 +1380,15 @@ class _Hub:
 
     # Lines.
 
-    def _count_drops(self):
-        """See how many a record is due for; returns the gap: see drop()."""
-        gap, drops = self._gap, next(self._drops)   # which itself counts
+    def _count(self):
+        """How much is due, and how much was dropped after it: see drop()."""
+        gap, drops, due = self._gap, next(self._drops), len(self._queue)
+        self._gap_seen = gap    # closed, unless there is a new one
         self._lost += drops - self._drops_read
-        self._drops_read = drops + 1
-        return gap
+        self._drops_read = drops + 1    # for we count, too
+        return due
 
-    def _take(self, due, gap, handed):
+    def _take(self, due, handed):
         """Move what is due to the backlog, in its order.
 
         In batches, or queue, batch and chunks would be three copies of a
@@ -1400,7 +1402,6 @@ class _Hub:
             self._backlog.append(self._gap_line(
                 self._lost, 'queue full'), 0, self._lost)
             self._lost = 0
-        self._filled = gap      # unless there is a new one it is closed
         for chunk in handed:
             self._backlog.append(*chunk)
 

@@ -905,15 +905,13 @@ class _Hub:
         self._asleep = True     # the loop must be woken, or started
         self._gate = _Gate(is_open=True)    # keep all until the first claim
         self._starting = threading.Lock()   # tried, never waited for
-        self._thread = None
-        self._waker = None
+        self._thread = self._waker = None
         self._closing = False
         self._checked = time.monotonic()    # when the path was looked after
         # The loop alone.
-        self._selector = None
+        self._selector = self._bound = None
         self._sockets = weakref.WeakSet()   # all there are, from _own()
         self._lock = _Lock(self.settings.path + '.lock')
-        self._bound = None
         self._handed = []       # RELAY's joint: chunks from other processes
         self._subscribers = {}  # an ordered set
         self._backlog = _Backlog(self.settings.buffer_size)

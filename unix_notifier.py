@@ -827,8 +827,9 @@ class _Event:
         _libc.write(self._fd, _ONE, ctypes.c_size_t(len(_ONE)))
 
     def clear(self):
-        """Only if it is set; by one reader."""
-        os.eventfd_read(self._fd)
+        # Under eventlet, after a fork, one is reported that is not set.
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._fd)
 
 
 class _Gate:

@@ -2599,6 +2599,18 @@ class RelayPathTest(RelayCase):
         self.step(leader, successor)
         self.assertEqual(1, account(after.read()))
 
+    def test_newcomer_has_an_idle_leader_look_after_its_relay(self):
+        leader, _ = self.make_pair()
+        os.unlink(self.path + '.relay')
+        newcomer = SteppedRelayHub(leader.settings)
+        self.addCleanup(newcomer.finish)
+        newcomer._turn(0)
+        # Which wakes the leader, idle as it is.
+        self.assertTrue(select.select([leader._selector], [], [], 0)[0])
+        leader._checked -= 60
+        self.step(leader)
+        self.assertTrue(os.path.exists(self.path + '.relay'))
+
     def test_newcomer_keeps_all_until_a_leader_without_lock_has_noticed(self):
         leader, follower = self.make_pair()
         client = self.connect()

@@ -1930,8 +1930,12 @@ class _RelayHub(_Hub):
             sock.connect(self._relay_path())
             who = self._check_peer(sock)
             sock.send(_HELLO[:-1] + b'\n', socket.MSG_NOSIGNAL)
-        except OSError:
+        except OSError as reason:
             sock.close()
+            if reason.errno == errno.ENOENT:
+                # A leader that has lost its relay does not notice while there
+                # is nothing to do. So knock.
+                _answers(self.settings.path)
             raise error
         self._uplink.sock, self._uplink.who = sock, 'the leader, ' + who
         self._rewatch(self._uplink)

@@ -2626,6 +2626,18 @@ class RelayPathTest(RelayCase):
         self.step(newcomer, leader)
         self.assertEqual(1, account(client.read()))
 
+    def test_what_a_follower_left_is_read_though_the_path_was_lost(self):
+        """It is gone when the leader would tell it of a new listener."""
+        leader, follower = self.make_pair()
+        client = self.connect()
+        self.step(leader)
+        self.emit(follower, range(100), size=1000)  # for more than one read
+        self.step(follower)
+        follower.finish()
+        os.unlink(self.path)
+        leader.look_again()
+        self.pump(leader, client, 100)
+
     def test_without_descriptors_the_relay_comes_back(self):
         leader, _ = self.make_pair()
         newcomer = socket.socket(socket.AF_UNIX)

@@ -2129,6 +2129,7 @@ class _RelayHub(_Hub):
                 self._bound.sock.fileno(), self._presence.fileno()],
                 socket.MSG_NOSIGNAL)
         except OSError:
+            self._drain(follower)   # gone, it may have left much to read
             self._dismiss(follower)
 
     def _on_follower(self, follower, _mask):
@@ -2183,18 +2184,19 @@ class _RelayHub(_Hub):
         self._cut_off_followers()
 
     def _cut_off_followers(self):
-        """Take in what followers have sent; what they send next fails."""
         if self._relay is not None:
             self._close_listener(self._relay)
             self._relay = None
         for follower in self._followers:
-            self._unwatch(follower.sock)
-            try:
-                follower.sock.shutdown(socket.SHUT_RD)
-                while (chunks := follower.read()) is not None:
-                    self._handed += chunks
-            except (OSError, ValueError):
-                pass    # it is gone
+            self._drain(follower)
+
+    def _drain(self, follower):
+        """Take in what a follower has sent; what it sends next fails."""
+        self._unwatch(follower.sock)
+        with contextlib.suppress(OSError, ValueError):  # it is gone
+            follower.sock.shutdown(socket.SHUT_RD)
+            while (chunks := follower.read()) is not None:
+                self._handed += chunks
 
     def _close_all(self):
         if self._uplink is not None:

@@ -2650,6 +2650,16 @@ class RelayPathTest(RelayCase):
         leader.look_again()
         self.assertTrue(os.path.exists(self.path + '.relay'))
 
+    def test_relay_that_could_not_be_recorded_is_bound_anew(self):
+        leader, follower = self.make_pair()
+        os.unlink(self.path + '.relay')
+        with mock.patch.object(leader._lock, 'write', autospec=True,
+                               side_effect=OSError(errno.ENOSPC, 'full')):
+            leader.look_again()
+        leader.look_again()
+        follower._part(follower._uplink, 'the test has it connect again')
+        self.assertIs(leader, self.settle(leader, follower))
+
     @as_root
     def test_stranger_is_told_nothing(self):
         leader, _ = self.make_pair()

@@ -2090,13 +2090,17 @@ class _RelayHub(_Hub):
     def _serve_relay(self):
         path = self._relay_path()
         _clear(path, self._lock.read().get(path))
-        old, self._relay = self._relay, _bind(
-            self._own(_unix_socket), path, 0o600)
-        if old is not None:
-            self._close_listener(old)
-        self._lock.write(self._owned())
-        self._relay.sock.listen(_BACKLOG)
-        self._watch(self._relay.sock, self._on_relay)
+        relay = _bind(self._own(_unix_socket), path, 0o600)
+        self._lock.write([relay])
+        relay.sock.listen(_BACKLOG)
+        self._watch(relay.sock, self._on_relay)
+        self._close_relay()
+        self._relay = relay     # last: else it is bound anew
+
+    def _close_relay(self):
+        if self._relay is not None:
+            self._close_listener(self._relay)
+            self._relay = None
 
     def _on_relay(self, _mask):
         try:
@@ -2106,8 +2110,7 @@ class _RelayHub(_Hub):
             pass
         except OSError as error:
             # Out of descriptors. They keep what they have, and come back.
-            self._close_listener(self._relay)
-            self._relay = None
+            self._close_relay()
             self._retry.fail()
             self._warn(error)
 
@@ -2184,9 +2187,7 @@ class _RelayHub(_Hub):
         self._cut_off_followers()
 
     def _cut_off_followers(self):
-        if self._relay is not None:
-            self._close_listener(self._relay)
-            self._relay = None
+        self._close_relay()
         for follower in self._followers:
             self._drain(follower)
 

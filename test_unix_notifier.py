@@ -2638,17 +2638,21 @@ class RelayPathTest(RelayCase):
         leader.look_again()
         self.pump(leader, client, 100)
 
-    def test_without_descriptors_the_relay_comes_back(self):
+    def test_without_descriptors_followers_wait_and_that_is_logged_once(self):
         leader, _ = self.make_pair()
         newcomer = socket.socket(socket.AF_UNIX)
         self.addCleanup(newcomer.close)
         newcomer.connect(self.path + '.relay')
+        newcomer.setblocking(False)
         with no_descriptors():
-            self.step(leader)
+            leader.look_again(5)
+            self.assertIsNone(leader._selector.get_map().get(
+                leader._relay.sock))    # which is readable all the time
+            self.assertRaises(BlockingIOError, newcomer.recv, 100)
+        leader.look_again(5)
+        self.assertTrue(newcomer.recv(100))
         self.assertLogged('Too many open files')
-        self.assertIsNone(leader._relay)
-        leader.look_again()
-        self.assertTrue(os.path.exists(self.path + '.relay'))
+        self.assertLogged('all is well again')
 
     def test_relay_that_could_not_be_recorded_is_bound_anew(self):
         leader, follower = self.make_pair()

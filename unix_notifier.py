@@ -1916,8 +1916,10 @@ class _RelayHub(_Hub):
         super()._claim()
         if self._uplink is not None:
             self._take_over()
-        if not self._closing and not (self._relay and self._relay.intact()):
-            self._serve_relay()
+        if not self._closing:
+            if not (self._relay and self._relay.intact()):
+                self._serve_relay()
+            self._let_in()
 
     def _relay_path(self):
         return self.settings.path + '.relay'
@@ -2093,7 +2095,6 @@ class _RelayHub(_Hub):
         relay = _bind(self._own(_unix_socket), path, 0o600)
         self._lock.write([relay])
         relay.sock.listen(_BACKLOG)
-        self._watch(relay.sock, self._on_relay)
         self._close_relay()
         self._relay = relay     # last: else it is bound anew
 
@@ -2104,15 +2105,21 @@ class _RelayHub(_Hub):
 
     def _on_relay(self, _mask):
         try:
+            self._let_in()
+        except OSError as error:
+            self._trouble(error)
+
+    def _let_in(self):
+        """Accept all who come to follow, or raise OSError.
+
+        Out of descriptors, they wait, and keep what they have; the relay,
+        which would be reported for ever, is not watched until the next try.
+        """
+        self._unwatch(self._relay.sock)
+        with contextlib.suppress(BlockingIOError):
             for _ in range(_BACKLOG + 1):
                 self._welcome(self._own(_accept, self._relay.sock))
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            # Out of descriptors. They keep what they have, and come back.
-            self._close_relay()
-            self._retry.fail()
-            self._warn(error)
+        self._watch(self._relay.sock, self._on_relay)
 
     def _welcome(self, sock):
         sock.setblocking(False)

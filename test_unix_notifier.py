@@ -2555,6 +2555,18 @@ class RelayPathTest(RelayCase):
         self.assertEqual([], before.read())
         self.assertTrue(before.ended or end == self.die)
 
+    def test_path_goes_with_the_last_that_leaves(self):
+        first, second = self.make_pair()
+        first.finish()
+        self.assertTrue(os.path.exists(self.path))  # the second goes on
+        self.assertIs(second, self.settle(second))
+        third = SteppedRelayHub(first.settings)
+        self.addCleanup(third.finish)
+        self.settle(second, third)
+        third.finish()
+        second.finish()     # which has not read the end of the third's stream
+        self.assertFalse(os.path.exists(self.path))
+
     def test_half_sent_line_goes_whole_to_the_next_of_a_dead_leader(self):
         self.assertGoesWhole(self.die)
 

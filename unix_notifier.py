@@ -1763,6 +1763,8 @@ class _LineBuffer:
 class _Follower:
     """A follower, as the leader sees it: where lines come from."""
 
+    alive = _Subscriber.alive
+
     def __init__(self, sock, who):
         self.sock = sock
         self.who = who
@@ -2189,7 +2191,8 @@ class _RelayHub(_Hub):
             self._dismiss(follower)
 
     def _cut_off(self):
-        if not self._followers:
+        # Asked, for one that left just now is still among them.
+        if not any(each.alive() for each in self._followers):
             super()._cut_off()
         self._cut_off_followers()
 

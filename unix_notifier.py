@@ -1055,7 +1055,7 @@ class _Hub:
                 self._pid = pid     # last: emit() compares it first
 
     def _own(self, make, *args):
-        """A new socket, which a forked child is sure to know of."""
+        """A new socket or event, which a forked child is sure to know of."""
         with _no_fork:
             sock = make(*args)
             self._sockets.add(sock)
@@ -1814,20 +1814,13 @@ class _RelayHub(_Hub):
         # The loop alone. As a follower, and before anything is known:
         self._uplink = _Uplink(self._backlog)   # None while leading
         self._subscribers[self._uplink] = None
-        self._keep = True       # whether someone may be owed what is queued
         self._passed = None     # the leader's listener, by hello
         self._presence = None   # the leader's, by hello, or our own
         # As a leader:
         self._relay = None      # what followers connect to
         self._followers = {}    # an ordered set
-        self._present = False   # what the presence says
         self._patience = _PATIENCE  # how often more it waits for readers
         self._strangers = set()     # peers already logged
-
-    def _close_files(self):
-        super()._close_files()
-        if self._presence is not None:
-            self._presence.close()      # the loop alone writes to it
 
     def start(self):
         if _before_uwsgi_forks():
@@ -1840,14 +1833,11 @@ class _RelayHub(_Hub):
         if self._uplink is not None:
             # A follower asks the kernel: itself, while the gate is shut, or
             # once a turn. While there is no leader it keeps all.
-            is_open = self._keep or self._gate.look()
-        elif is_open != self._present:
-            # Before the gate, and so before accept(): see _Gate.
-            self._present = is_open
-            if is_open:
-                self._presence.set()
-            else:
-                self._presence.clear()
+            is_open = not self._uplink.greeted or self._gate.look()
+        elif is_open:
+            self._presence.set()    # before accept(), as the gate is
+        else:
+            self._presence.clear()
         super()._set_open(is_open)
 
     def _flush(self):
@@ -2002,7 +1992,8 @@ class _RelayHub(_Hub):
         for fd in fds:
             os.set_inheritable(fd, False)   # recv_fds cannot be told
         if len(fds) == 2:
-            return self._own(_unix_socket, fds[0]), _Event(fds[1])
+            return self._own(_unix_socket, fds[0]), self._own(
+                _Event, fds[1])
         for fd in fds:
             os.close(fd)
         return None
@@ -2013,7 +2004,7 @@ class _RelayHub(_Hub):
         # may wait there.
         gate = _Gate((sock.fileno(), presence.fileno(),
                       self._uplink.sock.fileno()))
-        if self._keep:
+        if not self._uplink.greeted:
             self._say(logging.INFO, 'relayed to %s', self._uplink.who)
             if not gate.look():
                 self._uplink.forget(self._backlog)  # nobody is owed it
@@ -2024,7 +2015,6 @@ class _RelayHub(_Hub):
             self.settings.path, sock, identity)
         if old is not None:
             old.sock.close()
-        self._keep = False
         self._uplink.greet()
         self._check_path()      # all is well
 
@@ -2035,7 +2025,6 @@ class _RelayHub(_Hub):
 
     def _orphaned(self):
         """The leader has gone. Keep what it is owed for the next."""
-        self._keep = True
         self._gate = _Gate(is_open=True)    # before what it looks at closes
         self._unwatch(self._uplink.sock)
         greeted = self._uplink.greeted
@@ -2060,7 +2049,7 @@ class _RelayHub(_Hub):
             relay = self._relay_path()
             _is_left_over(relay, self._lock.read().get(relay))
         if self._uplink is not None:
-            self._presence, self._present = _Event(), False
+            self._presence = self._own(_Event)
         passed, self._passed = self._passed, None
         if passed is not None:
             if passed.intact():
@@ -2177,8 +2166,6 @@ class _RelayHub(_Hub):
             lost += chunk[1] + chunk[2]
         self._flush()
         super()._resign()
-        self._presence = None
-        self._keep = True
         self._uplink = _Uplink(self._backlog)
         self._subscribers[self._uplink] = None
         if lost:

@@ -1651,7 +1651,7 @@ class UnixDriver(notifier.Driver):
 # the listener that it was passed, so that nobody in its backlog is stranded;
 # the others follow the new leader. What an uplink has not sent is kept.
 
-_HELLO = b'unix-notifier relay 1 '
+_HELLO = b'unix-notifier relay 1'
 
 # Bytes that the first line from a follower may have.
 _HELLO_MAX = 4096
@@ -1692,8 +1692,9 @@ class _Uplink(_Subscriber):
     is no leader it has no socket, and is blocked.
     """
 
-    def __init__(self, backlog):
+    def __init__(self, backlog, listen):
         super().__init__(None, backlog, 'the leader')
+        self.listen = listen    # the hub's: what it hears is for its gate
         self.greeted = False    # the leader has said hello
         self.blocked = True
 
@@ -1789,7 +1790,7 @@ class _Follower:
 
     def _check_hello(self, block):
         hello, _, block = block.partition(b'\n')
-        if hello + b' ' != _HELLO:
+        if hello != _HELLO:
             raise ValueError('%r is not the protocol %r' % (
                 hello[:80], _HELLO))
         self._greeted = True
@@ -1812,7 +1813,7 @@ class _RelayHub(_Hub):
     def _reset(self):
         super()._reset()
         # The loop alone. As a follower, and before anything is known:
-        self._uplink = _Uplink(self._backlog)   # None while leading
+        self._uplink = _Uplink(self._backlog, self._on_leader)  # or we lead
         self._subscribers[self._uplink] = None
         self._passed = None     # the leader's listener, by hello
         self._presence = None   # the leader's, by hello, or our own
@@ -1923,7 +1924,7 @@ class _RelayHub(_Hub):
             sock.setblocking(False)
             sock.connect(self._relay_path())
             who = self._check_peer(sock)
-            sock.send(_HELLO[:-1] + b'\n', socket.MSG_NOSIGNAL)
+            sock.send(_HELLO + b'\n', socket.MSG_NOSIGNAL)
         except OSError as reason:
             sock.close()
             if reason.errno == errno.ENOENT:
@@ -1935,15 +1936,9 @@ class _RelayHub(_Hub):
         self._rewatch(self._uplink)
 
     def _on_subscriber(self, subscriber, mask):
-        if subscriber is not self._uplink:
-            if mask & selectors.EVENT_WRITE:
-                self._patience = _PATIENCE
-            super()._on_subscriber(subscriber, mask)
-            return
-        if mask & selectors.EVENT_READ:
-            self._on_leader()
-        if mask & selectors.EVENT_WRITE and subscriber.greeted:
-            self._send(subscriber)
+        if mask & selectors.EVENT_WRITE:
+            self._patience = _PATIENCE
+        super()._on_subscriber(subscriber, mask)
 
     def _check_peer(self, sock):
         """Who the peer is; raises PermissionError unless it may be one."""
@@ -1962,41 +1957,28 @@ class _RelayHub(_Hub):
             self._say(logging.WARNING, 'relay refused: %s', text)
 
     def _on_leader(self):
-        """The leader says hello, again when its listener is new; or ends."""
+        """Hear a hello, again when the listener is new; or why to part."""
         # Open, for a new hello is one of the things that the gate looks at.
-        gate, self._gate = self._gate, _Gate(is_open=True)
+        self._gate = _Gate(is_open=True)
         try:
             with _no_fork:
                 data, fds, _, _ = socket.recv_fds(self._uplink.sock, 4096, 2)
-                passed = self._receive(fds)
-        except BlockingIOError:
-            self._gate = gate
-            return
+                for fd in fds:
+                    os.set_inheritable(fd, False)   # recv_fds cannot be told
+                passed = list(map(self._own, (_unix_socket, _Event), fds))
         except OSError:
-            data, passed = b'', None
-        hello, _, identity = data.partition(b'[')
-        if hello == _HELLO and passed is not None:
-            self._greeted(json.loads(b'[' + identity), *passed)
-            return
+            return 'it is gone'
+        if data.startswith(_HELLO + b' ') and len(passed) == 2:
+            self._greeted(json.loads(data[len(_HELLO):]), *passed)
+            return None
+        for each in passed:
+            each.close()
         if data:
             # Without its descriptors, if we are out of them.
             self._log_stranger('%s: %r is not the protocol %r, with two '
                                'descriptors' % (
                                    self._uplink.who, data[:80], _HELLO))
-        if passed is not None:
-            passed[0].close()
-        self._orphaned()
-
-    def _receive(self, fds):
-        """The listener and the presence that came with a hello, or None."""
-        for fd in fds:
-            os.set_inheritable(fd, False)   # recv_fds cannot be told
-        if len(fds) == 2:
-            return self._own(_unix_socket, fds[0]), self._own(
-                _Event, fds[1])
-        for fd in fds:
-            os.close(fd)
-        return None
+        return 'it is gone'
 
     def _greeted(self, identity, sock, presence):
         sock.setblocking(False)
@@ -2023,22 +2005,19 @@ class _RelayHub(_Hub):
         if not (self._passed.intact() and os.path.exists(self._relay_path())):
             self._backlog.append(b'-0 look\n', 0)
 
-    def _orphaned(self):
-        """The leader has gone. Keep what it is owed for the next."""
+    def _part(self, subscriber, reason):
+        if subscriber is not self._uplink:
+            super()._part(subscriber, reason)
+            return
+        # The leader has gone. What it is owed is kept for the next.
+        greeted = subscriber.greeted
         self._gate = _Gate(is_open=True)    # before what it looks at closes
-        self._unwatch(self._uplink.sock)
-        greeted = self._uplink.greeted
-        self._uplink.disconnect().close()
+        self._unwatch(subscriber.sock)
+        subscriber.disconnect().close()
         if greeted:
             self._check_path()
         else:
             self._retry.fail()      # or we would be refused without end
-
-    def _part(self, subscriber, reason):
-        if subscriber is self._uplink:
-            self._orphaned()
-        else:
-            super()._part(subscriber, reason)
 
     # Leading.
 
@@ -2124,7 +2103,8 @@ class _RelayHub(_Hub):
         self._greet(follower)
 
     def _greet(self, follower):
-        hello = _HELLO + json.dumps(self._bound.identity).encode() + b'\n'
+        hello = b'%s %s\n' % (
+            _HELLO, json.dumps(self._bound.identity).encode())
         try:
             socket.send_fds(follower.sock, [hello], [
                 self._bound.sock.fileno(), self._presence.fileno()],
@@ -2166,7 +2146,7 @@ class _RelayHub(_Hub):
             lost += chunk[1] + chunk[2]
         self._flush()
         super()._resign()
-        self._uplink = _Uplink(self._backlog)
+        self._uplink = _Uplink(self._backlog, self._on_leader)
         self._subscribers[self._uplink] = None
         if lost:
             self._backlog.append(self._gap_line(lost, 'leader replaced'),

@@ -172,7 +172,7 @@ class UplinkMachine(Machine):
 
     def __init__(self):
         super().__init__()
-        uplink = unix_notifier._Uplink(self.backlog)
+        uplink = unix_notifier._Uplink(self.backlog, None)
         self.subscribers[uplink] = 0
         self.uplink = uplink
         self.received = []      # whole lines, by the leaders that went

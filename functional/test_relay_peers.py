@@ -349,7 +349,7 @@ class ProtocolTest(PeersTestCase):
     def _other(self):
         """A publisher whose relay has another protocol number."""
         directory = self.module('unix_notifier', (
-            'unix-notifier relay 1 ', 'unix-notifier relay 2 '))
+            'unix-notifier relay 1', 'unix-notifier relay 2'))
         program = os.path.join(self.directory, 'other.py')
         with open(program, 'w') as file:
             file.write(OTHER % [directory,

@@ -1653,9 +1653,6 @@ class UnixDriver(notifier.Driver):
 
 _HELLO = b'unix-notifier relay 1'
 
-# Bytes that the first line from a follower may have.
-_HELLO_MAX = 4096
-
 # How often a leader, far ahead of all subscribers, gives way to them: 1 to 2
 # ms, in which a reader takes megabytes, and which a stopped one costs once.
 _PATIENCE = 20
@@ -1746,19 +1743,19 @@ class _LineBuffer:
         return self.feed(data) if data else None
 
     def feed(self, data):
-        """The lines that are whole by now, as one block; it may be empty."""
+        """The lines that are whole by now, as one block; it may be empty.
+
+        A ValueError: the line that has begun is too long.
+        """
         whole, newline, rest = data.rpartition(b'\n')
         if newline:
             whole = b''.join((*self._parts, whole, newline))
             self._parts, self._size = [], 0
         self._parts.append(rest)
         self._size += len(rest)
+        if self._size > _LINE_MAX:
+            raise ValueError('a line of more than %d bytes' % _LINE_MAX)
         return whole
-
-    def check(self, limit):
-        """Raise ValueError if the line that has begun is longer, in bytes."""
-        if self._size > limit:
-            raise ValueError('a line of more than %d bytes' % limit)
 
 
 class _Follower:
@@ -1773,28 +1770,21 @@ class _Follower:
         self._buffer = _LineBuffer()
 
     def read(self):
-        """Chunks that have come, or None at the end of the stream.
+        """Chunks that have come. An OSError, or EOFError: it is gone.
 
         A line without its end is dropped: the follower sends it again, to
-        the next leader, or was killed.
-
-        :raises: ValueError when it speaks nonsense; OSError when it is gone
+        the next leader, or was killed. A ValueError: it speaks nonsense.
         """
         block = self._buffer.receive(self.sock)
         if block is None:
-            return None
-        if block and not self._greeted:
-            block = self._check_hello(block)
-        self._buffer.check(_LINE_MAX if self._greeted else _HELLO_MAX)
+            raise EOFError
+        if not self._greeted:   # which comes in one piece, as it was sent
+            hello, _, block = block.partition(b'\n')
+            if hello != _HELLO:
+                raise ValueError('%r is not the protocol %r' % (
+                    hello[:80], _HELLO))
+            self._greeted = True
         return _chunks(block)
-
-    def _check_hello(self, block):
-        hello, _, block = block.partition(b'\n')
-        if hello != _HELLO:
-            raise ValueError('%r is not the protocol %r' % (
-                hello[:80], _HELLO))
-        self._greeted = True
-        return block
 
 
 def _may_be_led(error):
@@ -2114,21 +2104,13 @@ class _RelayHub(_Hub):
             self._dismiss(follower)
 
     def _on_follower(self, follower, _mask):
-        if follower not in self._followers:
-            return
         try:
-            chunks = follower.read()
-        except BlockingIOError:
-            return
-        except OSError:
-            chunks = None
+            self._handed += follower.read()
+        except (OSError, EOFError):
+            self._dismiss(follower)
         except ValueError as error:
             self._log_stranger('%s: %s' % (follower.who, error))
-            chunks = None
-        if chunks is None:
             self._dismiss(follower)
-        else:
-            self._handed += chunks
 
     def _dismiss(self, follower):
         del self._followers[follower]
@@ -2171,10 +2153,10 @@ class _RelayHub(_Hub):
     def _drain(self, follower):
         """Take in what a follower has sent; what it sends next fails."""
         self._unwatch(follower.sock)
-        with contextlib.suppress(OSError, ValueError):  # it is gone
+        with contextlib.suppress(OSError, EOFError, ValueError):
             follower.sock.shutdown(socket.SHUT_RD)
-            while (chunks := follower.read()) is not None:
-                self._handed += chunks
+            while True:
+                self._handed += follower.read()
 
     def _close_all(self):
         if self._uplink is not None:
@@ -2348,7 +2330,6 @@ class _Subscription(abc.Iterator):
     def _receive(self):
         try:
             block = self._buffer.receive(self._sock)
-            self._buffer.check(_LINE_MAX)
         except OSError:     # reset: it closed, and had not read all we sent
             block = None
         except ValueError as error:

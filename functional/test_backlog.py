@@ -228,7 +228,7 @@ class LineBufferTest(base.BaseTestCase):
             whole, newline, rest = b''.join(pieces).rpartition(b'\n')
             self.assertEqual(whole + newline, b''.join(blocks))
             self.assertEqual(rest, b''.join(buffer._parts))
-            buffer.check(len(rest))
+            self.assertEqual(len(rest), buffer._size)
 
         check()
 

@@ -1659,26 +1659,24 @@ _PATIENCE = 20
 
 
 def _chunks(block):
-    """What a follower sent, as chunks: (data, lines, lost).
+    """Whole lines of a follower as chunks: (data, lines, lost).
 
-    :param block: whole lines
-    :raises: ValueError when the follower speaks nonsense
+    A ValueError: it speaks nonsense.
     """
-    if not (block.startswith(b'-') or b'\n-' in block):
-        return [(block, block.count(b'\n'), 0)] if block else []
-    chunks = []
-    for control, group in itertools.groupby(
-            block.splitlines(True), lambda line: line.startswith(b'-')):
-        lines = list(group)
-        if not control:
-            chunks.append((b''.join(lines), len(lines), 0))
-            continue
-        for line in lines:
-            lost, reason = line[1:].decode('ascii').strip().split(' ', 1)
+    chunks, start = [], 0
+    while start < len(block):
+        if not block.startswith(b'-', start):
+            end = block.find(b'\n-', start) + 1 or len(block)
+            chunks.append((block[start:end], block.count(b'\n', start, end),
+                           0))
+        else:
+            end = block.index(b'\n', start) + 1
+            lost, reason = block[start + 1:end - 1].decode().split(' ', 1)
             if not lost.isdigit():
                 raise ValueError('%r is no number' % lost)
             if int(lost):
                 chunks.append((_lost_record(int(lost), reason), 0, int(lost)))
+        start = end
     return chunks
 
 

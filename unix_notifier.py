@@ -547,8 +547,8 @@ def _answers(path):
                                               errno.ENOENT)
 
 
-def _is_left_over(path, left):
-    """Whether there is a dead owner's socket at the path. Needs the lock.
+def _clear(path, left):
+    """Remove a dead owner's socket, if it is at the path. Needs the lock.
 
     What the last owner bound, and ``left``, is dead, for we have its lock,
     even if a child of it still answers. Anything else that is in the way
@@ -557,20 +557,14 @@ def _is_left_over(path, left):
     try:
         info = os.lstat(path)
     except OSError:
-        return False
+        return
     if not stat.S_ISSOCK(info.st_mode):
         raise FileExistsError(
             errno.EEXIST, 'not a socket, so it is left alone', path)
     if _identity(info) != left and _answers(path):
         raise OSError(errno.EADDRINUSE, 'the socket of another program that '
                       'is alive, so it is left alone', path)
-    return True
-
-
-def _clear(path, left):
-    """Make the path free, of a dead owner's socket only; see there."""
-    if _is_left_over(path, left):
-        os.unlink(path)
+    os.unlink(path)
 
 
 def _gid(group):
@@ -1800,6 +1794,7 @@ class _RelayHub(_Hub):
 
     def _reset(self):
         super()._reset()
+        self._relay_path = self.settings.path + '.relay'
         # The loop alone. As a follower, and before anything is known:
         self._uplink = _Uplink(self._backlog, self._on_leader)  # or we lead
         self._subscribers[self._uplink] = None
@@ -1890,8 +1885,10 @@ class _RelayHub(_Hub):
                 self._follow(error)
         if not self._uplink.greeted:
             raise BlockingIOError(errno.EAGAIN, 'no answer from %s'
-                                  % self._uplink.who, self._relay_path())
-        self._nudge()
+                                  % self._uplink.who, self._relay_path)
+        if not (self._passed.intact() and os.path.exists(self._relay_path)):
+            # The leader does not know yet, or it would be there.
+            self._backlog.append(b'-0 look\n', 0)
 
     def _lead(self):
         super()._claim()
@@ -1902,15 +1899,12 @@ class _RelayHub(_Hub):
                 self._serve_relay()
             self._let_in()
 
-    def _relay_path(self):
-        return self.settings.path + '.relay'
-
     def _follow(self, error):
         """Connect to the leader, who answers with a hello; or raise."""
         sock = self._own(_unix_socket)
         try:
             sock.setblocking(False)
-            sock.connect(self._relay_path())
+            sock.connect(self._relay_path)
             who = self._check_peer(sock)
             sock.send(_HELLO + b'\n', socket.MSG_NOSIGNAL)
         except OSError as reason:
@@ -1988,11 +1982,6 @@ class _RelayHub(_Hub):
         self._uplink.greet()
         self._check_path()      # all is well
 
-    def _nudge(self):
-        """Have the leader look after the path, if it has lost it."""
-        if not (self._passed.intact() and os.path.exists(self._relay_path())):
-            self._backlog.append(b'-0 look\n', 0)
-
     def _part(self, subscriber, reason):
         if subscriber is not self._uplink:
             super()._part(subscriber, reason)
@@ -2011,32 +2000,27 @@ class _RelayHub(_Hub):
 
     def _listener(self):
         """The last leader's listener, if the path is still that socket."""
-        if self._passed is not None and self._passed.intact():
-            # Another may go on with it already, whose lock was removed.
-            relay = self._relay_path()
-            _is_left_over(relay, self._lock.read().get(relay))
         if self._uplink is not None:
             self._presence = self._own(_Event)
-        passed, self._passed = self._passed, None
-        if passed is not None:
-            if passed.intact():
-                # Its mode may have been changed by hand since.
-                passed.identity = _identity(os.lstat(passed.path))
-                return passed
-            self._strand(passed.sock)
-        return super()._listener()
-
-    def _strand(self, sock):
-        """Let go who waits at a listener that has lost the path."""
-        try:
+        passed, relay = self._passed, self._relay_path
+        if passed is None:
+            return super()._listener()
+        if passed.intact():
+            # Another may go on with it already, whose lock was removed.
+            _clear(relay, self._lock.read().get(relay))
+            # Its mode may have been changed by hand since.
+            passed.identity = _identity(os.lstat(passed.path))
+            return passed
+        self._passed = None
+        # It has lost the path: let go who waits there.
+        with contextlib.suppress(OSError), passed.sock as sock:
             while True:
-                sock.accept()[0].close()
-        except OSError:
-            sock.close()
+                self._own(_accept, sock).close()
+        return super()._listener()
 
     def _take_over(self):
         """Lead. What the uplink is owed goes to those who wait."""
-        uplink, self._uplink = self._uplink, None
+        uplink, self._uplink, self._passed = self._uplink, None, None
         del self._subscribers[uplink]
         self._accept()
         for chunk in uplink.rest():
@@ -2048,7 +2032,7 @@ class _RelayHub(_Hub):
             self._greet(follower)
 
     def _serve_relay(self):
-        path = self._relay_path()
+        path = self._relay_path
         _clear(path, self._lock.read().get(path))
         relay = _bind(self._own(_unix_socket), path, 0o600)
         self._lock.write([relay])

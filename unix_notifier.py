@@ -1925,13 +1925,14 @@ class _RelayHub(_Hub):
     def _check_peer(self, sock):
         """Who the peer is; raises PermissionError unless it may be one."""
         pid, uid = _peer(sock)
+        who = 'pid %d, uid %d' % (pid, uid)
         trusted = {0, os.geteuid()}
         if os.geteuid() == 0:   # who only follows: see _Lock
             trusted.add(os.stat(os.path.dirname(self.settings.path)).st_uid)
         if uid not in trusted:
-            self._log_stranger('pid %d, uid %d: not trusted' % (pid, uid))
-            raise PermissionError(errno.EPERM, 'uid %d is not trusted' % uid)
-        return 'pid %d, uid %d' % (pid, uid)
+            self._log_stranger(who + ': not trusted')
+            raise PermissionError
+        return who
 
     def _log_stranger(self, text):
         if text not in self._strangers:
@@ -2094,20 +2095,21 @@ class _RelayHub(_Hub):
             self._log_stranger('%s: %s' % (follower.who, error))
             self._dismiss(follower)
 
-    def _dismiss(self, follower):
-        del self._followers[follower]
-        self._unwatch(follower.sock)
-        _hang_up(follower.sock)
+    def _dismiss(self, *followers):
+        for follower in followers:
+            del self._followers[follower]
+            self._unwatch(follower.sock)
+            _hang_up(follower.sock)
 
     def _resign(self):
-        self._leave_relay()
+        self._cut_off_followers()
+        self._dismiss(*self._followers)
         # What followers have handed on is for those who are still here. It
         # must not go on to the new leader: the followers may get there before
         # us, with what they emitted later. There, it is lost.
-        lost, handed, self._handed = 0, self._handed, []
-        for chunk in handed:
-            self._backlog.append(*chunk)
-            lost += chunk[1] + chunk[2]
+        lost = sum(lines + lost for _, lines, lost in self._handed)
+        self._take(0, self._handed)
+        self._handed = []
         self._flush()
         super()._resign()
         self._uplink = _Uplink(self._backlog, self._on_leader)
@@ -2115,11 +2117,6 @@ class _RelayHub(_Hub):
         if lost:
             self._backlog.append(self._gap_line(lost, 'leader replaced'),
                                  0, lost)
-
-    def _leave_relay(self):
-        self._cut_off_followers()
-        for follower in list(self._followers):
-            self._dismiss(follower)
 
     def _cut_off(self):
         # Asked, for one that left just now is still among them.
@@ -2141,15 +2138,12 @@ class _RelayHub(_Hub):
                 self._handed += follower.read()
 
     def _close_all(self):
-        if self._uplink is not None:
-            del self._subscribers[self._uplink]
-            if self._uplink.sock is not None:
-                self._uplink.sock.close()
+        self._subscribers.pop(self._uplink, None)
         if self._followers:
             # They go on with the listener; who has connected waits in it.
             self._bound.sock.close()
             self._bound = None
-        self._leave_relay()
+        self._dismiss(*self._followers)
         super()._close_all()
 
 

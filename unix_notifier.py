@@ -1651,6 +1651,10 @@ _HELLO = b'unix-notifier relay 1'
 # ms, in which a reader takes megabytes, and which a stopped one costs once.
 _PATIENCE = 20
 
+# Why we cannot lead, but another may: the lock is held, or not for us; or the
+# path is in use, by a leader, it may be, that has lost its lock.
+_LED = (errno.EAGAIN, errno.EPERM, errno.EACCES, errno.EADDRINUSE)
+
 
 def _chunks(block):
     """Whole lines of a follower as chunks: (data, lines, lost).
@@ -1703,10 +1707,9 @@ class _Uplink(_Subscriber):
 
         its LF never left, so the last leader has dropped it.
         """
-        sock, self.sock = self.sock, None
-        self.greeted, self.blocked, self.mask = False, True, 0
+        self.sock, self.mask = None, 0
+        self.greeted, self.blocked = False, True
         self.offset = self.chunk.data.rfind(b'\n', 0, self.offset) + 1
-        return sock
 
     def forget(self, backlog):
         """Owe nothing: nobody is there to whom it could go."""
@@ -1777,16 +1780,6 @@ class _Follower:
                     hello[:80], _HELLO))
             self._greeted = True
         return _chunks(block)
-
-
-def _may_be_led(error):
-    """Whether another may lead, when we cannot for the reason given.
-
-    The lock is held, or not for us; or the path is in use: by a leader, it
-    may be, that has lost its lock.
-    """
-    return (isinstance(error, (BlockingIOError, PermissionError))
-            or error.errno == errno.EADDRINUSE)
 
 
 class _RelayHub(_Hub):
@@ -1861,7 +1854,7 @@ class _RelayHub(_Hub):
         return [each for each in (self._bound, self._relay) if each]
 
     def _trouble(self, error):
-        if _may_be_led(error) and self._retry.delay < _Backoff.MAX:
+        if error.errno in _LED and self._retry.delay < _Backoff.MAX:
             # It has just come, or is about to leave, or is stopped, or has
             # lost lock and relay, which it notices within a second. Keep all.
             self._retry.fail()
@@ -1880,7 +1873,7 @@ class _RelayHub(_Hub):
                 self._lead()
                 return
             except OSError as error:
-                if self._uplink is None or not _may_be_led(error):
+                if self._uplink is None or error.errno not in _LED:
                     raise       # we lead, if only those who are connected
                 self._follow(error)
         if not self._uplink.greeted:
@@ -1991,11 +1984,10 @@ class _RelayHub(_Hub):
         greeted = subscriber.greeted
         self._gate = _Gate(is_open=True)    # before what it looks at closes
         self._unwatch(subscriber.sock)
-        subscriber.disconnect().close()
-        if greeted:
+        subscriber.sock.close()
+        subscriber.disconnect()
+        if greeted:     # else it is tried again when due, not without end
             self._check_path()
-        else:
-            self._retry.fail()      # or we would be refused without end
 
     # Leading.
 

@@ -1732,10 +1732,12 @@ class _LineBuffer:
         self._most = _RECV_MIN  # bytes to receive at a time
 
     def receive(self, sock):
-        """The lines that are whole by now; None at the end of the stream."""
+        """The lines that are whole by now, or an EOFError."""
         data = sock.recv(self._most)
+        if not data:
+            raise EOFError
         self._most = _CHUNK_MAX if len(data) >= _RECV_MIN else _RECV_MIN
-        return self.feed(data) if data else None
+        return self.feed(data)
 
     def feed(self, data):
         """The lines that are whole by now, as one block; it may be empty.
@@ -1771,8 +1773,6 @@ class _Follower:
         the next leader, or was killed. A ValueError: it speaks nonsense.
         """
         block = self._buffer.receive(self.sock)
-        if block is None:
-            raise EOFError
         if not self._greeted:   # which comes in one piece, as it was sent
             hello, _, block = block.partition(b'\n')
             if hello != _HELLO:
@@ -1800,7 +1800,15 @@ class _RelayHub(_Hub):
         self._strangers = set()     # peers already logged
 
     def start(self):
-        if _before_uwsgi_forks():
+        """Start the loop, but not in uWSGI's master, or what will be it.
+
+        uWSGI forks in C, without hooks; a thread that is busy at that instant
+        hangs the worker for good. Mules have worker_id 0, too.
+        """
+        uwsgi = sys.modules.get('uwsgi')
+        if (uwsgi is not None and uwsgi.worker_id() == 0
+                and uwsgi.mule_id() == 0
+                and uwsgi.masterpid() in (0, os.getpid())):
             self._queue.clear()
             self._asleep = True
         else:
@@ -1951,9 +1959,9 @@ class _RelayHub(_Hub):
             each.close()
         if data:
             # Without its descriptors, if we are out of them.
-            self._log_stranger('%s: %r is not the protocol %r, with two '
-                               'descriptors' % (
-                                   self._uplink.who, data[:80], _HELLO))
+            self._log_stranger(
+                '%s: %r is not the protocol %r, with two descriptors' % (
+                    self._uplink.who, data[:80], _HELLO))
         return 'it is gone'
 
     def _greeted(self, identity, sock, presence):
@@ -2139,18 +2147,6 @@ class _RelayHub(_Hub):
         super()._close_all()
 
 
-def _before_uwsgi_forks():
-    """Whether this is uWSGI's master, or will be.
-
-    uWSGI forks in C, without hooks; a thread that is busy at that instant
-    hangs the worker for good. Mules have worker_id 0, too.
-    """
-    uwsgi = sys.modules.get('uwsgi')
-    return (uwsgi is not None and uwsgi.worker_id() == 0
-            and uwsgi.mule_id() == 0
-            and uwsgi.masterpid() in (0, os.getpid()))
-
-
 UnixDriver.hub_class = _RelayHub
 
 
@@ -2298,16 +2294,13 @@ class _Subscription(abc.Iterator):
     def _receive(self):
         try:
             block = self._buffer.receive(self._sock)
-        except OSError:     # reset: it closed, and had not read all we sent
-            block = None
+            # Not splitlines(), which would split at a carriage return, too.
+            self._lines.extend(block.split(b'\n')[:-1])
+        except (EOFError, OSError):     # reset: it had not read all we sent
+            self._on_end()
         except ValueError as error:
             self._on_end()
             raise ValueError('%s: %s' % (self.path, error))
-        if block is None:
-            self._on_end()
-        else:
-            # Not splitlines(), which would split at a carriage return, too.
-            self._lines.extend(block.split(b'\n')[:-1])
 
     def _on_end(self):
         """The stream has ended. A line without its end is discarded."""

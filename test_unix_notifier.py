@@ -2583,6 +2583,33 @@ class RelayPathTest(RelayCase):
         self.assertTrue(client.ended)
         self.assertServed(follower, self.connect())
 
+    def assertKeptThrough(self, trouble):
+        """A follower cannot lead at once; who waits is owed all the same."""
+        leader, follower = self.make_pair()
+        client = self.connect()
+        self.emit(follower, range(3))
+        os.unlink(self.path + '.relay')
+        self.die(leader)
+        with trouble(follower):
+            follower.look_again(3)
+            self.assertIsNone(follower._bound)
+        self.assertIs(follower, self.settle(follower))
+        self.pump(follower, client, 3)
+
+    def test_who_waits_is_owed_all_though_a_file_is_in_the_way(self):
+        @contextlib.contextmanager
+        def file(follower):
+            with open(self.path + '.relay', 'w'):
+                yield
+            os.unlink(self.path + '.relay')
+
+        self.assertKeptThrough(file)
+
+    def test_who_waits_is_owed_all_though_the_disk_is_full(self):
+        self.assertKeptThrough(lambda follower: mock.patch.object(
+            follower._lock, 'write', autospec=True,
+            side_effect=OSError(errno.ENOSPC, 'full')))
+
     def test_follower_has_the_leader_look_after_the_path(self):
         leader, follower = self.make_pair()
         os.unlink(self.path)

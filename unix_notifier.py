@@ -1867,9 +1867,11 @@ class _RelayHub(_Hub):
             # lost lock and relay, which it notices within a second. Keep all.
             self._retry.fail()
             return
-        if self._uplink is not None and error.errno not in (
-                errno.EAGAIN, *_STARVED):
-            # Nobody led, nor could: what we had until then is owed to nobody.
+        if (self._uplink is not None
+                and error.errno not in (errno.EAGAIN, *_STARVED)
+                and not (self._passed and self._passed.intact())):
+            # Nobody led, nor could, and nobody can be waiting: what we had
+            # until then is owed to nobody.
             self._uplink.forget(self._backlog)
         super()._trouble(error)
 

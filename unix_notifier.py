@@ -1945,13 +1945,16 @@ class _RelayHub(_Hub):
     def _on_leader(self):
         """Hear a hello, again when the listener is new; or why to part."""
         # Open, for a new hello is one of the things that the gate looks at.
-        self._gate = _Gate(is_open=True)
+        gate, self._gate = self._gate, _Gate(is_open=True)
         try:
             with _no_fork:
                 data, fds, _, _ = socket.recv_fds(self._uplink.sock, 4096, 2)
                 for fd in fds:
                     os.set_inheritable(fd, False)   # recv_fds cannot be told
                 passed = list(map(self._own, (_unix_socket, _Event), fds))
+        except BlockingIOError:     # see _Event.clear()
+            self._gate = gate
+            return None
         except OSError:
             return 'it is gone'
         if data.startswith(_HELLO + b' ') and len(passed) == 2:
@@ -2091,6 +2094,8 @@ class _RelayHub(_Hub):
     def _on_follower(self, follower, _mask):
         try:
             self._handed += follower.read()
+        except BlockingIOError:
+            pass        # see _Event.clear()
         except (OSError, EOFError):
             self._dismiss(follower)
         except ValueError as error:

@@ -97,8 +97,9 @@ OPTIONS = {'buffer_size': 64 * 1024}
 # Bytes that a process may grow by: its buffer, what the allocator makes of
 # lines of 300 KB, and as much again to be on the safe side.
 GROWTH = 8 * base.MIB
-# Descriptors that a leader has and a follower has not, or the other way round.
-ROLE = 3
+# Descriptors that a leader has and one that just came has not: lock, listener,
+# relay, presence and reserve, less the uplink.
+ROLE = 4
 WORKERS = 4
 READERS = 3     # those that stay; others come and go
 CROWD = 4       # how many more there may be of either

@@ -1223,9 +1223,13 @@ class _Hub:
         """What a new lock file has to name."""
         return [self._bound]
 
+    def _make_way(self, path):
+        """Free the path of what the last owner of the lock bound there."""
+        _clear(path, self._lock.read().get(path))
+
     def _listener(self):
         path = self.settings.path
-        _clear(path, self._lock.read().get(path))
+        self._make_way(path)
         gid = _gid(self.settings.group)
         return _bind(self._own(_unix_socket), path, self.settings.mode, gid)
 
@@ -2008,12 +2012,12 @@ class _RelayHub(_Hub):
         """The last leader's listener, if the path is still that socket."""
         if self._uplink is not None:
             self._presence = self._own(_Event)
-        passed, relay = self._passed, self._relay_path
+        passed = self._passed
         if passed is None:
             return super()._listener()
         if passed.intact():
             # Another may go on with it already, whose lock was removed.
-            _clear(relay, self._lock.read().get(relay))
+            self._make_way(self._relay_path)
             # Its mode may have been changed by hand since.
             passed.identity = _identity(os.lstat(passed.path))
             return passed
@@ -2038,9 +2042,8 @@ class _RelayHub(_Hub):
             self._greet(follower)
 
     def _serve_relay(self):
-        path = self._relay_path
-        _clear(path, self._lock.read().get(path))
-        relay = _bind(self._own(_unix_socket), path, 0o600)
+        self._make_way(self._relay_path)
+        relay = _bind(self._own(_unix_socket), self._relay_path, 0o600)
         self._lock.write([relay])
         relay.sock.listen(_BACKLOG)
         self._close_relay()

@@ -2371,15 +2371,18 @@ class RelayCase(HubCase):
     def make_pair(self, **options):
         """The two; with nobody connected, and both know that."""
         settings = self.make_settings(**options)
-        leader, follower = SteppedRelayHub(settings), SteppedRelayHub(settings)
-        for hub in leader, follower:
-            self.addCleanup(hub.finish)
-            hub._turn(0)
+        leader, follower = (self.make_newcomer(settings) for _ in range(2))
+        self.step(leader, follower)
         wait_until(lambda: self.step(leader, follower)
                    or follower._uplink.greeted)
         self.step(leader, follower)
         self.assertFalse(leader._gate.open or follower._gate.open)
         return leader, follower
+
+    def make_newcomer(self, settings):
+        hub = SteppedRelayHub(settings)
+        self.addCleanup(hub.finish)
+        return hub
 
     def step(self, *hubs):
         for hub in hubs:
@@ -2560,8 +2563,7 @@ class RelayPathTest(RelayCase):
         first.finish()
         self.assertTrue(os.path.exists(self.path))  # the second goes on
         self.assertIs(second, self.settle(second))
-        third = SteppedRelayHub(first.settings)
-        self.addCleanup(third.finish)
+        third = self.make_newcomer(first.settings)
         self.settle(second, third)
         third.finish()
         second.finish()     # which has not read the end of the third's stream
@@ -2624,8 +2626,7 @@ class RelayPathTest(RelayCase):
         self.step(leader)
         for suffix in '', '.lock', '.relay':
             os.unlink(self.path + suffix)
-        successor = SteppedRelayHub(leader.settings)
-        self.addCleanup(successor.finish)
+        successor = self.make_newcomer(leader.settings)
         successor._turn(0)
         # On its way up as the leader resigns: told here, and lost there.
         self.emit(follower, range(2))
@@ -2641,8 +2642,7 @@ class RelayPathTest(RelayCase):
     def test_newcomer_has_an_idle_leader_look_after_its_relay(self):
         leader, _ = self.make_pair()
         os.unlink(self.path + '.relay')
-        newcomer = SteppedRelayHub(leader.settings)
-        self.addCleanup(newcomer.finish)
+        newcomer = self.make_newcomer(leader.settings)
         newcomer._turn(0)
         # Which wakes the leader, idle as it is.
         self.assertTrue(select.select([leader._selector], [], [], 0)[0])
@@ -2656,8 +2656,7 @@ class RelayPathTest(RelayCase):
         self.step(leader)
         for suffix in '.lock', '.relay':
             os.unlink(self.path + suffix)
-        newcomer = SteppedRelayHub(leader.settings)
-        self.addCleanup(newcomer.finish)
+        newcomer = self.make_newcomer(leader.settings)
         self.emit(newcomer, range(1))
         for _ in range(3):
             newcomer.look_again()

@@ -10,8 +10,8 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
-
-"""The driver and its peers, as a competent user would have them.
+"""
+The driver and its peers, as a competent user would have them.
 
 Each system is a class that says how one process publishes a notification, as
 ``notify()`` of the driver, or as ``json.dumps()`` and one send, and how

@@ -663,9 +663,6 @@ class RelayTestCase(FunctionalTestCase):
 
         wait_until(idle, 'workers are idle')
 
-    def stop_worker(self, worker):
-        stop(worker.pid)
-
     def kill_worker(self, worker, number=signal.SIGKILL):
         """Kill a worker, and wait until it has ended."""
         worker.kill(number)

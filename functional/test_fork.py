@@ -135,7 +135,7 @@ class ForkTest(base.RelayTestCase):
         follower.ask('emit', count=1)
         self.assert_complete(subscriber, 1)
         for round_ in range(1, 6):
-            self.stop_worker(leader)
+            base.stop(leader.pid)
             follower.ask('emit', count=1500, size=200)
             child = self.fork(follower, 'fork')
             child.ask('emit', count=10)

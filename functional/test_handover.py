@@ -163,7 +163,7 @@ class HandoverTest(base.RelayTestCase):
             # Each has to have met the leader, or there is no handing over.
             with contextlib.closing(self.subscribe()) as subscriber:
                 self._emit_all(followers, subscriber)
-            self.stop_worker(leader)
+            base.stop(leader.pid)
             waiting = [self.subscribe() for _ in range(5)]
             self.kill_worker(leader)
             for follower in followers:
@@ -182,7 +182,7 @@ class HandoverTest(base.RelayTestCase):
             os.chmod(self.path, mode)
             leader = self.wait_leader(workers)
             workers.remove(leader)
-            self.stop_worker(leader)
+            base.stop(leader.pid)
             waiting = self.subscribe()
             self.kill_worker(leader)
             for worker in workers:
@@ -201,7 +201,7 @@ class HandoverTest(base.RelayTestCase):
         poor, other = workers
         poor.ask('limit_descriptors', number=base.descriptors(poor.pid) + 2)
         poor.ask('exhaust')
-        self.stop_worker(poor)      # or it might lead
+        base.stop(poor.pid)      # or it might lead
         self.kill_worker(leader)
         subscriber = self.subscribe()
         self._emit_all([other], subscriber)
@@ -219,7 +219,7 @@ class HandoverTest(base.RelayTestCase):
         with contextlib.closing(self.subscribe()) as subscriber:
             self._emit_all(workers, subscriber)
         leader = self.wait_leader(workers)
-        self.stop_worker(leader)
+        base.stop(leader.pid)
         waiting = [self.subscribe() for _ in range(5)]
         os.unlink(self.path)
         self.kill_worker(leader)
@@ -246,7 +246,7 @@ class HandoverTest(base.RelayTestCase):
                 self.wait_idle([leader])
                 stopped.ask('emit', count=1)
                 self.wait_idle([leader, stopped])
-            self.stop_worker(stopped)
+            base.stop(stopped.pid)
             begin = time.monotonic()
             self.kill_worker(leader)
             cut.wait_end()
@@ -423,7 +423,7 @@ class HandoverTest(base.RelayTestCase):
         self._emit_all([leader, follower], before)
         follower.ask('start', pause=0.001)
         for _ in range(5):
-            self.stop_worker(leader)
+            base.stop(leader.pid)
             for suffix in ('.lock', '.relay', ''):
                 os.unlink(self.path + suffix)
             other = self.worker()
@@ -449,7 +449,7 @@ class HandoverTest(base.RelayTestCase):
         leader, = self.start_workers(1)
         subscriber = self.subscribe()
         self._emit_all([leader], subscriber)
-        self.stop_worker(leader)
+        base.stop(leader.pid)
         os.unlink(self.path + '.lock')
         newcomer = self.worker()
         newcomer.ask('emit', count=10)
@@ -466,7 +466,7 @@ class HandoverTest(base.RelayTestCase):
         leader, other, stopped = self.start_workers(3)
         with contextlib.closing(self.subscribe()) as subscriber:
             self._emit_all([leader, other, stopped], subscriber)
-        self.stop_worker(stopped)
+        base.stop(stopped.pid)
         self.kill_worker(leader)
         self.wait_leader([other])
         base.wait_until(lambda: os.path.exists(self.path + '.relay'),

@@ -80,7 +80,7 @@ class RelayTest(base.RelayTestCase):
                       for follower in followers)
         before = [base.memory(follower.pid) for follower in followers]
         for _ in range(3):
-            self.stop_worker(leader)
+            base.stop(leader.pid)
             for follower in followers:
                 follower.tell('emit', count=5000, size=1000)
             for follower in followers:
@@ -104,7 +104,7 @@ class RelayTest(base.RelayTestCase):
         subscriber = self.subscribe()
         leader.ask('emit', count=1)
         for round_ in range(1, 11):
-            self.stop_worker(leader)
+            base.stop(leader.pid)
             follower = self.worker()
             follower.ask('emit', count=100)
             leader.kill(signal.SIGCONT)
@@ -125,7 +125,7 @@ class RelayTest(base.RelayTestCase):
                             for message in list(subscriber.messages)),
                 'something of the victim')
             if number % 3 == 0:
-                self.stop_worker(leader)
+                base.stop(leader.pid)
                 victim.ask('emit', count=2, size=400000)
             self.kill_worker(victim)
             leader.kill(signal.SIGCONT)
@@ -147,7 +147,7 @@ class RelayTest(base.RelayTestCase):
         healthy = self.subscribe()
         lagging = self.subscribe(go=False)
         emitted = self.emit_in_rounds(follower, healthy, 3)
-        self.stop_worker(leader)
+        base.stop(leader.pid)
         follower.ask('emit', count=5000, size=1000)
         emitted += 5000
         leader.kill(signal.SIGCONT)

@@ -223,7 +223,7 @@ class RootTest(PeersTestCase):
             self.assert_heard(workers + [root])
             leader = self.wait_leader(workers)
             workers.remove(leader)
-            self.stop_worker(leader)
+            base.stop(leader.pid)
             waiting = self.subscribe()
             leader.kill()
             leader.wait_exit()

@@ -135,6 +135,13 @@ def stop(pid):
                '%d is stopped' % pid)
 
 
+def python_path():
+    """Where processes find the packages, and the programs of the tests."""
+    return [path for path in sys.path if os.path.isdir(path)
+            and path.endswith('-packages')] + [
+                os.path.dirname(os.path.abspath(__file__))]
+
+
 # -- subscribers ------------------------------------------------------------
 
 def _no_json(constant):
@@ -533,7 +540,7 @@ class FunctionalTestCase(base.BaseTestCase):
                 program=(PUBLISHER,), lines=(), **options):
         arguments = []
         if uid is not None:
-            self._need_readable_modules()
+            self.need_readable_modules(uid)
             arguments += ['--uid', '%d' % uid]
         if umask is not None:
             arguments += ['--umask', '%o' % umask]
@@ -544,13 +551,18 @@ class FunctionalTestCase(base.BaseTestCase):
         self.addCleanup(self._finish, publisher, tracebacks)
         return publisher
 
-    def _need_readable_modules(self):
-        """Skip the test where another user may not import what is needed."""
-        path = os.path.dirname(os.path.realpath(unix_notifier.__file__))
-        while path != '/':
-            if os.stat(path).st_mode & 0o005 != 0o005:
-                self.skipTest('%s is closed to other users' % path)
-            path = os.path.dirname(path)
+    def need_readable_modules(self, uid):
+        """Skip the test where the user may not read what it is to import.
+
+        The module may be found elsewhere here than in a process that is
+        started, for the checkout comes first.
+        """
+        paths = [*python_path(), os.path.dirname(unix_notifier.__file__)]
+        if subprocess.run(
+                ['ls', *paths], user=uid, group=uid, extra_groups=[],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL).returncode:
+            self.skipTest('user %d may not read where Python is' % uid)
 
     def _finish(self, publisher, tracebacks):
         publisher.close()

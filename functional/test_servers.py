@@ -329,9 +329,8 @@ class ModWsgiTest(ServerTestCase):
         with socket.socket() as sock:
             sock.bind(('127.0.0.1', 0))
             self.address = sock.getsockname()
-        python_path = [path for path in sys.path if os.path.isdir(path)
-                       and path.endswith('-packages')] + [HERE]
-        self._check_readable(python_path)
+        if self.uid:
+            self.need_readable_modules(self.uid)
         script = os.path.join(self.directory, 'app.wsgi')
         with open(script, 'w') as file:
             file.write('import os\n'
@@ -342,7 +341,7 @@ class ModWsgiTest(ServerTestCase):
             file.write(_APACHE.format(
                 directory=self.directory, port=self.address[1],
                 modules='/usr/lib/apache2/modules', script=script,
-                python_path=':'.join(python_path),
+                python_path=':'.join(base.python_path()),
                 user='User #%d\nGroup #%d' % (self.uid, self.uid)
                 if self.uid else ''))
         leader = self.publisher(uid=self.uid)
@@ -356,9 +355,3 @@ class ModWsgiTest(ServerTestCase):
         self.assertEqual([], leader.troubles())
         process.send_signal(signal.SIGTERM)
         process.wait(base.PATIENCE)
-
-    def _check_readable(self, paths):
-        if self.uid and subprocess.run(
-                ['ls', *paths], user=self.uid, stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL).returncode:
-            self.skipTest('other users may not read where Python is')

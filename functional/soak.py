@@ -98,8 +98,9 @@ OPTIONS = {'buffer_size': 64 * 1024}
 # lines of 300 KB, and as much again to be on the safe side.
 GROWTH = 8 * base.MIB
 # Descriptors that a leader has and one that just came has not: lock, listener,
-# relay, presence and reserve, less the uplink.
-ROLE = 4
+# relay, presence and reserve. One that is silent may have had no uplink, or
+# none for now, when it was counted, for nobody waits to hear from it.
+ROLE = 5
 WORKERS = 4
 READERS = 3     # those that stay; others come and go
 CROWD = 4       # how many more there may be of either

@@ -226,10 +226,15 @@ class Account:
             return
         if number <= last:
             raise ValueError('comes after number %d' % last)
-        if number - last - 1 > self.lost - lost:
-            raise ValueError('comes after number %d, and only %d were '
+        owed = number - self._owed_after(source, last) - 1
+        if owed > self.lost - lost:
+            raise ValueError('comes after number %d, and only %d of %d were '
                              'reported lost in between' % (
-                                 last, self.lost - lost))
+                                 last, self.lost - lost, owed))
+
+    def _owed_after(self, source, last):
+        """From which number on must come what comes after the last one."""
+        return last
 
 
 class Subscriber(Account):

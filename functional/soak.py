@@ -20,13 +20,13 @@ see ACTIONS. After some actions comes a settlement: all that was stopped goes
 on, all threads pause, everything is read, and the books must balance. The
 first violation of a promise ends the run with an account of it.
 
-What is checked all along: every line is strict JSON and a whole
-notification; numbers of a publishing thread rise, within a connection and
-from one connection of a reader to the next, hence nothing comes twice; where
-some are left out, as many were reported lost in between. A connection ends
-only if the reader, or what was done to the leader or to the path, ended it.
-After each fault a new subscriber hears every thread within HEAL seconds. At
-the settlements: the books, the memory and the descriptors of each process,
+What is checked all along: every line is strict JSON and a whole notification;
+numbers of a publishing thread rise, within a connection and from one
+connection of a reader to the next, hence nothing comes twice; where some are
+left out that are owed, as many were reported lost in between. A connection
+ends only if the reader, or what was done to the leader or to the path, ended
+it. After each fault a new subscriber hears every thread within HEAL seconds.
+At the settlements: the books, the memory and the descriptors of each process,
 no process that ended by itself, no call that was blocked.
 
 The books. All threads number what they emit. The number that each has begun
@@ -185,6 +185,11 @@ class Ledger(base.Account):
         if number > heard[1] + 1:
             heard[2].append((heard[1] + 1, number - 1))
         heard[1] = number
+
+    def _owed_after(self, source, last):
+        # What was begun before connect() may have found nobody, though what
+        # came before it was still on its way, and was received.
+        return max(last, at(self.base, int(source)))
 
     def missing(self, slot, low, high):
         if high <= low:

@@ -164,6 +164,14 @@ class LedgerTest(test_base.BaseTestCase):
         self._feed((1, 1), (1, 3))
         self.assertEqual(1, len(self.ledger.problems))
 
+    def test_left_out_before_connect(self):
+        """Nobody was there when it was emitted, but when the rest came."""
+        for first, problems in ((6, 0), (7, 1)):
+            self.ledger = soak.Ledger('reader')
+            self.ledger.begin([0, 0, 10], [0, 5, 10])
+            self._feed((1, 2), *self._numbers(1, first, 10))
+            self.assertEqual(problems, len(self.ledger.problems))
+
     def test_lost_and_reported(self):
         self._feed(*self._numbers(1, 1, 3), (2, 1), 8,
                    *self._numbers(1, 7, 10), *self._numbers(2, 7, 10))

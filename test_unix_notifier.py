@@ -345,6 +345,12 @@ class TestCase(base.BaseTestCase):
         self.useFixture(fixtures.MonkeyPatch(
             unix_notifier.__name__ + '.' + name, value))
 
+    def count_short_sends(self):
+        """What is called for each send that keeps the GIL."""
+        return self.useFixture(fixtures.MockPatchObject(
+            unix_notifier._libc, 'send',
+            wraps=unix_notifier._libc.send)).mock
+
     def switch_threads_often(self):
         self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
         sys.setswitchinterval(1e-6)
@@ -1064,13 +1070,49 @@ class SubscriberTest(TestCase):
         self.assertEqual(references - 1, sys.getrefcount(first))
         self.assertIs(backlog.tail, subscriber.chunk)
 
-    def peers(self):
+    def peers(self, backlog=None):
         ours, peer = socket.socketpair()
         ours.setblocking(False)
         self.addCleanup(ours.close)
         self.addCleanup(peer.close)
         return unix_notifier._Subscriber(
-            ours, unix_notifier._Backlog(0), 'who'), peer
+            ours, backlog or unix_notifier._Backlog(0), 'who'), peer
+
+    def test_short_send_keeps_the_gil_on_demand(self):
+        backlog = unix_notifier._Backlog(1 << 30)
+        subscriber, peer = self.peers(backlog)
+        sends = self.count_short_sends()
+        for size, keep, times in ((10, False, 0), (10, True, 1),
+                                  (unix_notifier._SHORT, True, 1)):
+            backlog.extend([line(0, size)])
+            subscriber.flush(keep)
+            self.assertEqual(line(0, size), peer.recv(1 << 20))
+            self.assertEqual((times, False),
+                             (sends.call_count, subscriber.pending()))
+
+    def test_short_send_fails_as_any_other(self):
+        backlog = unix_notifier._Backlog(1 << 30)
+        subscriber, peer = self.peers(backlog)
+        peer.settimeout(WAIT)
+        emitted = 0
+        while not subscriber.blocked:
+            emitted += 1
+            backlog.extend([line(emitted, 9000)])
+            subscriber.flush(True)
+        data = b''
+        while data.count(b'\n') < emitted:
+            data += peer.recv(1 << 20)
+            if subscriber.pending():
+                subscriber.flush()
+        self.assertEqual([line(number + 1, 9000) for number in range(emitted)],
+                         data.splitlines(True))
+
+    def test_short_send_to_who_is_gone_raises(self):
+        backlog = unix_notifier._Backlog(1 << 30)
+        subscriber, peer = self.peers(backlog)
+        backlog.extend([line(0)])
+        peer.close()
+        self.assertRaises(BrokenPipeError, subscriber.flush, True)
 
     def test_what_the_peer_sends_is_discarded_up_to_a_limit(self):
         subscriber, peer = self.peers()
@@ -1492,6 +1534,15 @@ class QueueTest(HubCase):
             self.emit(hub, range(60))
             self.assertEqual(times, len(slept))
             hub._turn(0)
+
+    def test_beside_a_busy_thread_the_first_send_alone_gives_up_the_gil(self):
+        hub = self.make_hub()
+        clients = [self.connect(hub) for _ in range(4)]
+        for limit, times in ((3600, 0), (-1, 3), (-1, 3), (3600, 0)):
+            self.patch('_GIL_LATE', limit)
+            sends = self.count_short_sends()
+            self.assertServed(hub, *clients)
+            self.assertEqual(times, sends.call_count)
 
     def test_laggard_loses_its_oldest_and_nobody_else_does(self):
         hub = self.make_hub(sock_buffer_size=65536)

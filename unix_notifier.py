@@ -146,12 +146,25 @@ _EXIT_TIME = 1
 _EXIT_STALL = 0.1
 
 
-# For the two calls that notify() makes into the kernel, neither of which ever
-# waits. Called by way of PyDLL they do not give up the GIL: beside a thread
-# that is busy, select.poll() takes 250 us on average, this 1; and a loop that
-# is woken does not take the GIL from its waker, who would wait for 25 us.
+# Seconds: a send that takes longer has waited for the GIL. Bytes: a send of
+# more takes so long that another thread should have the GIL meanwhile.
+_GIL_LATE = 1e-3
+_SHORT = 16 * 1024
+
+# For calls into the kernel that are short and never wait. By way of PyDLL they
+# do not give up the GIL, which a busy thread returns only after 5 ms. Beside
+# one, select.poll() takes 250 us on average in notify(), this 1; and a loop
+# that is woken does not take the GIL from its waker, who would wait for 25 us.
 # Monkey patching, which removes select.poll(), does not reach it.
 _libc = ctypes.PyDLL(None)
+
+
+def _send_short(sock, data):
+    """``sock.send()``, without giving up the GIL."""
+    sent = _libc.send(sock.fileno(), data, ctypes.c_size_t(len(data)),
+                      socket.MSG_NOSIGNAL)
+    # Why it failed is told, or raised, by another try.
+    return sent if sent >= 0 else sock.send(data, socket.MSG_NOSIGNAL)
 
 
 # -- format: a message becomes one line -------------------------------------
@@ -676,8 +689,11 @@ class _Subscriber:
             yield chunk
             chunk = chunk.next
 
-    def flush(self):
-        """Send once, what the kernel takes; an OSError: the peer is gone."""
+    def flush(self, keep_gil=False):
+        """Send once, what the kernel takes; an OSError: the peer is gone.
+
+        :param keep_gil: whether to, in a send that is short
+        """
         chunk, sent = self.chunk, 0
         try:
             # A service may have restored SIGPIPE, which would kill it.
@@ -687,7 +703,9 @@ class _Subscriber:
                 sent = self.sock.sendmsg(buffers, (), socket.MSG_NOSIGNAL)
             else:       # one chunk, whole, as it mostly is: 2 us, not 2.9
                 size = len(chunk.data)
-                sent = self.sock.send(chunk.data, socket.MSG_NOSIGNAL)
+                sent = (_send_short(self.sock, chunk.data)
+                        if keep_gil and size <= _SHORT else
+                        self.sock.send(chunk.data, socket.MSG_NOSIGNAL))
         except BlockingIOError:
             pass
         self.blocked = sent < size
@@ -784,6 +802,7 @@ def _peer(sock):
 # -- the loop ---------------------------------------------------------------
 
 _ONE = struct.pack('Q', 1)
+_count = ctypes.create_string_buffer(len(_ONE))     # of sets; nobody looks
 
 
 class _Event:
@@ -821,9 +840,9 @@ class _Event:
         _libc.write(self._fd, _ONE, ctypes.c_size_t(len(_ONE)))
 
     def clear(self):
-        # Under eventlet, after a fork, one is reported that is not set.
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._fd)
+        # Under eventlet, after a fork, one is reported that is not set, for
+        # which this fails.
+        _libc.read(self._fd, _count, ctypes.c_size_t(len(_ONE)))
 
 
 class _Gate:
@@ -911,6 +930,7 @@ class _Hub:
         self._subscribers = {}  # an ordered set
         self._backlog = _Backlog(self.settings.buffer_size)
         self._unsent = False    # someone may be sent more at once
+        self._late = False      # others want the GIL: it is kept where it can
         self._retry = _Backoff()    # for the path
         self._troubles = set()  # those already logged, until all is well
         self._reserve = None    # a descriptor to give up when there is none
@@ -1347,11 +1367,14 @@ class _Hub:
         """Have the selector watch for what the subscriber can do next."""
         mask = subscriber.wanted()
         if mask != subscriber.mask:
-            subscriber.mask = mask
-            self._unwatch(subscriber.sock)
-            if mask:
-                self._watch(subscriber.sock, functools.partial(
-                    self._on_subscriber, subscriber), mask)
+            old, subscriber.mask = subscriber.mask, mask
+            callback = functools.partial(self._on_subscriber, subscriber)
+            if mask and old:
+                self._selector.modify(subscriber.sock, mask, callback)
+            elif mask:
+                self._watch(subscriber.sock, callback, mask)
+            else:
+                self._unwatch(subscriber.sock)
 
     def _on_subscriber(self, subscriber, mask):
         if subscriber not in self._subscribers:
@@ -1406,7 +1429,7 @@ class _Hub:
 
     def _flush(self):
         """Send to all who take more, and hold the others to the bound."""
-        self._unsent = False
+        self._unsent = self._late = False
         held = 0
         for subscriber in list(self._subscribers):
             if subscriber.pending() and not subscriber.blocked:
@@ -1425,11 +1448,14 @@ class _Hub:
                           self._room // 4)
 
     def _send(self, subscriber):
+        begin = time.monotonic()
         try:
-            subscriber.flush()
+            subscriber.flush(self._late)
         except OSError:
             self._part(subscriber, 'it is gone')
             return
+        if time.monotonic() - begin > _GIL_LATE:
+            self._late = True
         self._rewatch(subscriber)
         if subscriber.lagging is not None and not subscriber.pending():
             self._say(logging.WARNING, 'subscriber caught up: %s; it lost %d '

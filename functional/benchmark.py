@@ -62,6 +62,7 @@ import unix_notifier
 COUNTS = 1, 10, 100     # subscribers
 BURST = 2000            # calls, of which nothing is lost
 PACED, RATE = 500, 1000     # calls, at so many a second
+BUSY, BUSY_RATE = 20, 50    # the same, beside a busy thread
 MANY = 20000            # calls flat out
 LAG = 200000            # calls while a subscriber does not read
 IDLE = 10               # seconds
@@ -307,6 +308,31 @@ def paced(bench):
             yield from rows(found, what, limits)
 
 
+def busy(bench):
+    """The way to subscribers from a process with a thread that never rests.
+
+    A loop that is a thread waits for the GIL, 5 ms each time; the threads of
+    ZeroMQ and nng, and a send by the caller, do not.
+    """
+    for count in COUNTS[:2]:
+        for system in filter(peers.available, QUEUES):
+            name = label(system, count)
+            with bench.apart() as apart:    # its thread ends with it
+                publisher, subscribers = apart.pair(system, count)
+                publisher.occupy()
+                yield Row(name, [
+                    _beside_busy(name, number, publisher, subscribers, count)
+                    for number in range(bench.rounds)],
+                    'ms, end to end p50', None)
+
+
+def _beside_busy(name, number, publisher, subscribers, count):
+    progress('%s, round %d' % (name, number + 1))
+    subscribers.begin('delays', BUSY * count)
+    publisher.paced(BUSY, BUSY_RATE)
+    return percentile(subscribers.end()[0], 50) * 1e3
+
+
 def flat_out(publisher, subscribers, count):
     many = max(1000, MANY // count)
     subscribers.begin('take', many * count, 2)
@@ -528,8 +554,8 @@ def consumers(bench):
 
 
 POINTS = {each.__name__: each
-          for each in (call, crowd, paced, throughput, workers, stalled, lag,
-                       join, idle, consumers)}
+          for each in (call, crowd, paced, busy, throughput, workers, stalled,
+                       lag, join, idle, consumers)}
 
 
 # -- output -----------------------------------------------------------------

@@ -34,6 +34,7 @@ import logging.handlers
 import os
 import selectors
 import socket
+import threading
 import time
 import types
 
@@ -368,6 +369,14 @@ class Publisher:
         for message in itertools.islice(self._messages, count):
             publish(message)
         return (time.perf_counter() - begin) / count
+
+    def occupy(self):
+        """From now on there is a thread that never rests."""
+        def run():
+            while True:
+                sum(range(100))
+
+        threading.Thread(target=run, daemon=True).start()
 
     def paced(self, count, rate):
         """Seconds for each call, at a rate; a message says when it was."""

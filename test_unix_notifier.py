@@ -1260,6 +1260,22 @@ class HubCase(TestCase):
         wait_until(lambda: hub._subscribers)
         return hub, client
 
+    def spy(self, function, hub, first=lambda: None):
+        """The function; what is emitted before it is called is queued.
+
+        :param first: called before that
+        """
+        def spying(*arguments):
+            before = len(hub._queue)
+            first()
+            self.emit(hub, range(1))
+            spied.append(len(hub._queue) - before)
+            return function(*arguments)
+
+        spied = []
+        self.addCleanup(lambda: self.assertEqual({1}, set(spied)))
+        return spying
+
     def script(self, hub, *steps):
         hub._bound.sock = FakeListener(hub._bound.sock, steps)
         return hub._bound.sock
@@ -1374,6 +1390,14 @@ class StartTest(HubCase):
         hub._turn(0)
         self.assertEqual(1, account(client.read()))
         del hub._close_listener
+
+    def test_gate_is_open_before_a_listener_that_lost_its_path_closes(self):
+        hub = self.make_hub()
+        for suffix in '', '.lock':
+            os.unlink(self.path + suffix)
+        self.make_hub()
+        hub._close_listener = self.spy(hub._close_listener, hub)
+        hub.look_again()
 
     def test_gate_is_open_before_the_first_is_accepted(self):
         # Once accepted it is no longer in the kernel's queue, nor yet in ours.
@@ -2506,6 +2530,36 @@ class RelayStartTest(RelayCase):
         self.emit(follower, range(1))
         self.step(follower, leader)
         self.assertEqual(1, account(client.read()))
+
+    def test_listener_presence_and_uplink_are_looked_at_in_this_order(self):
+        # Presence first would miss who is accepted between the two.
+        made, gate = [], unix_notifier._Gate
+        self.patch('_Gate', lambda filenos=(), is_open=False: (
+            made.append(tuple(filenos)) or gate(filenos, is_open)))
+        _, follower = self.make_pair()
+        self.assertEqual(
+            (follower._passed.sock.fileno(), follower._presence.fileno(),
+             follower._uplink.sock.fileno()), made[-1])
+
+    def test_gate_is_open_while_a_hello_is_heard(self):
+        leader, follower = self.make_pair()
+        os.unlink(self.path)
+        leader.look_again()
+        # As it parses what it has taken from the uplink.
+        follower._own = self.spy(follower._own, follower)
+        self.step(follower)
+
+    def test_gate_is_open_once_the_leader_has_gone(self):
+        leader, follower = self.make_pair()
+        number, other = follower._uplink.sock.fileno(), os.eventfd(0)
+        self.addCleanup(os.close, other)
+        self.addCleanup(os.close, number)
+        leader.finish()
+        # A file with nothing to read gets the number of the uplink.
+        follower._uplink.disconnect = self.spy(
+            follower._uplink.disconnect, follower,
+            lambda: os.dup2(other, number))
+        follower._part(follower._uplink, 'a send failed')
 
     def test_connect_before_notify_is_the_start_whatever_runs_between(self):
         """Both loops in threads, which are switched as often as possible."""

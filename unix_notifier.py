@@ -1671,6 +1671,14 @@ class UnixDriver(notifier.Driver):
 # object does, is for the leader: '-12 reason' stands for 12 notifications
 # that were lost, '-0 ...' for none, and only wakes it.
 #
+# A follower misses no subscriber either. It looks at the listener first, then
+# at the presence, then at the uplink. Who connects waits at the listener until
+# it is accepted; the leader raises the presence before that, and lowers it at
+# the end of a turn, if nobody is there. So who has left the listener when that
+# is looked at is found by the presence, which comes later. A new listener
+# listens once the hello that passes it has been sent: this waits at the
+# uplink, and while it is heard the gate is open. The rest is in _Gate.
+#
 # When the uplink ends, the followers try the lock. Who gets it goes on with
 # the listener that it was passed, so that nobody in its backlog is stranded;
 # the others follow the new leader. What an uplink has not sent is kept.
@@ -2001,15 +2009,13 @@ class _RelayHub(_Hub):
 
     def _greeted(self, identity, sock, presence):
         sock.setblocking(False)
-        # The uplink is looked at, too: the hello for a listener that is new
-        # may wait there.
+        # In this order: see the top of this part.
         gate = _Gate((sock.fileno(), presence.fileno(),
                       self._uplink.sock.fileno()))
         if not self._uplink.greeted:
             self._say(logging.INFO, 'relayed to %s', self._uplink.who)
             if not gate.look():
                 self._uplink.forget(self._backlog)  # nobody is owed it
-        # In place before what the old one looks at is closed.
         self._gate = gate
         self._presence = presence
         old, self._passed = self._passed, _Bound(

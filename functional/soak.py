@@ -27,7 +27,8 @@ left out that are owed, as many were reported lost in between. A connection
 ends only if the reader, or what was done to the leader or to the path, ended
 it. After each fault a new subscriber hears every thread within HEAL seconds.
 At the settlements: the books, the memory and the descriptors of each process,
-no process that ended by itself, no call that was blocked.
+no process that ended by itself, no call that was blocked, of which a process
+that leaves in good order is asked before.
 
 The books. All threads number what they emit. The number that each has begun
 stands in memory that outlives the process. For a connection there are
@@ -415,7 +416,7 @@ class Soak:
             self.directory, dict(OPTIONS, path=self.path),
             program=(SOAK_PUBLISHER,))
         self.nursery.ask('load')
-        self.nursery.ask('attach', path=numbers)
+        self.nursery.ask('attach', path=numbers, seed=seed)
 
     # Helpers.
 
@@ -494,6 +495,7 @@ class Soak:
             self.fault('%s of the leader' % how, ends=True)
         if not abrupt:
             process.child.ask('halt')
+            self._check_calls(process)
         begin = time.monotonic()
         self._send_off(process, how)
         self._reap(process)

@@ -87,15 +87,16 @@ class Service(publisher.Service):
     def __init__(self, config_file):
         super().__init__(config_file)
         self.pid = None
-        self.shared = None
+        self.shared = self.seed = None
         for handler in logging.getLogger().handlers:
             # One log for all: it must tell them apart.
             handler.setFormatter(logging.Formatter(
                 '%(levelname)s %(name)s %(process)d %(asctime)s.%(msecs)03d '
                 '%(message)s', '%H:%M:%S'))
 
-    def attach(self, path):
-        """Map the numbers; children have them as well."""
+    def attach(self, path, seed):
+        """Map the numbers; children have them as well, and the seed."""
+        self.seed = seed
         with open(path, 'r+b') as file:
             self.shared = counters(file)
 
@@ -145,13 +146,13 @@ class Service(publisher.Service):
     def burst(self, slot, count):
         """Emit some, and no more."""
         self._here()
-        clock, choose = _Clock(), random.Random(slot)
+        clock, choose = _Clock(), random.Random('%d/%d' % (self.seed, slot))
         for _ in range(count):
             self._emit_one(slot, clock, choose)
         clock.close()
 
     def _run(self, slot, pause):
-        clock, choose = _Clock(), random.Random(slot)
+        clock, choose = _Clock(), random.Random('%d/%d' % (self.seed, slot))
         rush = self.shared[RUSH]
         while not self.stopping.is_set():
             if self.shared[RUN]:

@@ -101,6 +101,13 @@ class SoakTest(test_base.BaseTestCase):
     def test_silent_loss_is_found(self):
         self._assert_found('pass', 'reported lost')
 
+    def test_nonsense_is_found(self):
+        self._assert_found('arguments[0]._hub._queue.append(b"{\\n")',
+                           'JSONDecodeError')
+
+    def test_death_is_found(self):
+        self._assert_found('os._exit(0)', 'has ended')
+
     def test_repetition_is_found(self):
         self._assert_found('notify(*arguments); notify(*arguments)',
                            'came twice')

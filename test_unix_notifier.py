@@ -21,6 +21,7 @@ ends as soon as what it waits for is there; nothing sleeps for a fixed time.
 import collections
 import contextlib
 import copy
+import ctypes
 import datetime
 import decimal
 import errno
@@ -52,6 +53,7 @@ from unittest import mock
 import uuid
 
 import fixtures
+import netaddr
 from oslo_config import cfg
 from oslo_config import fixture as config_fixture
 import oslo_messaging
@@ -154,10 +156,10 @@ def none_left(*args):
     raise RuntimeError("can't start new thread")
 
 
-def in_child(function):
+def in_child(function, fork=os.fork):
     """Call it in a forked child; the traceback if it raised, or ''."""
     reader, writer = os.pipe()
-    pid = os.fork()
+    pid = fork()
     if not pid:
         text = ''
         try:
@@ -493,6 +495,7 @@ class EncodeTest(TestCase):
                 (types.MappingProxyType({'a': nan}), {'a': None}),
                 (now, jsonutils.to_primitive(now)),
                 (now.date(), jsonutils.to_primitive(now.date())),
+                (netaddr.IPNetwork('10.0.0.0/30'), '10.0.0.0/30'),
                 (number, str(number)), ({number: 1}, {str(number): 1}),
                 (decimal.Decimal('NaN'), 'NaN'),
                 (ValueError('bad'), "ValueError('bad')"),
@@ -858,6 +861,25 @@ class ClearTest(TestCase):
         listen(self.path + '2').close()
         os.symlink(self.path + '2', self.path)
         self.assertKept(errno.EEXIST)
+
+    def test_fork_waits_while_a_socket_is_asked(self):
+        # Or the child would have a connection that it does not know of.
+        free, make = [], unix_notifier._unix_socket
+
+        def fork():
+            free.append(unix_notifier._no_fork.acquire(blocking=False))
+            if free[-1]:
+                unix_notifier._no_fork.release()
+
+        def spy():
+            thread = threading.Thread(target=fork)
+            thread.start()
+            thread.join(WAIT)
+            return make()
+
+        self.patch('_unix_socket', spy)
+        unix_notifier._answers(self.path)
+        self.assertEqual([False], free)
 
     def test_foreign_live_socket_stays(self):
         with listen(self.path, 0):
@@ -1717,6 +1739,27 @@ class WakeTest(HubCase):
         self.emit(hub, range(1))
         wait_until(lambda: hub._bound)
 
+    def test_loop_whose_start_was_interrupted_is_known(self):
+        start = threading.Thread.start
+
+        def interrupted(thread):
+            start(thread)
+            raise KeyboardInterrupt
+
+        hub = unix_notifier._Hub(self.make_settings())
+        with fixtures.MonkeyPatch('threading.Thread.start', interrupted):
+            self.assertRaises(KeyboardInterrupt, hub.start)
+        self.await_service()
+        hub.close()
+        self.assertFalse(hub._thread.is_alive())
+        self.assertFalse(os.path.exists(self.path))
+
+    def test_close_before_the_loop_has_started(self):
+        hub = unix_notifier._Hub(self.make_settings())
+        with fixtures.MonkeyPatch('threading.Thread.start', lambda _: None):
+            hub.start()
+        hub.close()
+
     def test_surprise_in_the_loop_is_logged_and_survived(self):
         self.patch('_Backoff.MAX', 0.01)
         hub, client = self.start_hub()
@@ -1774,6 +1817,11 @@ class AcceptTest(HubCase):
         self.emit(hub, range(1))            # finds out
         hub._turn(0)
         self.assertEqual(1, len(hub._subscribers))
+
+    def test_who_has_gone_while_it_waited_takes_no_place(self):
+        hub = self.make_hub(sock_max_subscribers=1)
+        self.connect().sock.close()
+        self.assertServed(hub, self.connect(hub))
 
     def test_talker_is_cut_off(self):
         hub = self.make_hub()
@@ -1857,6 +1905,18 @@ class AcceptTest(HubCase):
         hub._turn(0)
         self.assertIsNone(hub._pause.at)    # else the loop would spin
         self.assertServed(hub, client, self.connect(hub))
+
+    def test_path_taken_while_accepting_pauses_ends_the_pause(self):
+        hub = self.make_hub()
+        self.script(hub, errno.EMFILE, errno.EMFILE)
+        self.connect(hub)
+        self.assertIsNotNone(hub._pause.at)
+        for suffix in '', '.lock':
+            os.unlink(self.path + suffix)
+        self.make_hub()
+        hub.look_again()
+        self.assertIsNone(hub._bound)
+        self.assertIsNone(hub._pause.at)    # else the loop would spin
 
     def test_path_lost_while_accepting_pauses_comes_back(self):
         hub = self.make_hub()
@@ -2196,6 +2256,22 @@ class EndTest(HubCase):
         self.connect(hub).sock.close()
         self.assertTrue(hub._turn(0))       # the selector still tells
 
+    def test_child_without_a_hook_waits_for_no_thread_of_its_parent(self):
+        hub, held, done = self.make_hub(), threading.Event(), threading.Event()
+
+        def log():
+            with unix_notifier._no_fork:
+                held.set()
+                done.wait(WAIT)
+
+        thread = threading.Thread(target=log)
+        thread.start()
+        held.wait(WAIT)
+        self.addCleanup(thread.join)
+        self.addCleanup(done.set)
+        self.assertEqual('', in_child(lambda: self.emit(hub, range(1)),
+                                      ctypes.PyDLL(None).fork))
+
     def test_child_without_a_hook_finds_out_by_itself(self):
         hub = self.make_hub()
         self.connect(hub)
@@ -2338,6 +2414,34 @@ class DriverTest(TestCase):
         self.notify(driver, {'n': 2})
         self.assertEqual(3, account(client.wait(3)))
         self.assertEqual([1], lost(client.messages))
+
+    def test_out_of_stack_it_is_counted_and_the_loop_is_woken(self):
+        driver, emitted, refused = self.serve(), 0, 0
+        client = self.connect()
+
+        def at(depth):
+            if depth:
+                return at(depth - 1)
+            try:
+                driver.notify({}, numbers[-1], 'INFO', None)
+            except RecursionError:
+                return False
+            return True
+
+        depth, found = 0, True
+        while found is not None:    # until there is no room for at() itself
+            numbers = [numbered(emitted)]
+            try:
+                found = at(depth)
+            except RecursionError:
+                break
+            emitted, refused = emitted + found, refused + (not found)
+            wait_until(lambda: driver._hub._asleep)
+            depth += 1 if depth > sys.getrecursionlimit() - 200 else 50
+        self.assertEqual(1, refused)    # there was no room for notify()
+        self.notify(driver, {'n': emitted})
+        wait_until(lambda: account(client.read()) == emitted + 1)
+        self.assertTrue(lost(client.messages))
 
     def test_secrets_are_masked_where_configured(self):
         driver = self.serve(sock_mask_secrets=True)
@@ -2602,6 +2706,20 @@ class RelayLoadTest(RelayCase):
         self.pump(leader, client, 100)
         self.assertEqual([], lost(client.messages))
 
+    def test_green_thread_that_forks_meanwhile_ends_the_wait(self):
+        leader, follower = self.make_pair(sock_buffer_size=2 ** 20)
+        self.connect()
+        self.step(leader)
+
+        def fork(_):        # the hook, in the child
+            leader._close_files()
+            leader._reset()
+
+        with fixtures.MonkeyPatch('time.sleep', fork):
+            while leader._uplink is None:
+                self.fill(leader, follower, 1)
+        self.assertTrue(leader._uplink.blocked)
+
     def test_who_does_not_read_is_waited_for_once(self):
         leader, follower = self.make_pair(sock_buffer_size=2 ** 20)
         client = self.connect()
@@ -2748,7 +2866,10 @@ class RelayPathTest(RelayCase):
         leader, _ = self.make_pair()
         os.unlink(self.path + '.relay')
         newcomer = self.make_newcomer(leader.settings)
-        newcomer._turn(0)
+        newcomer.look_again(8)
+        # It does not disturb one that is about to leave.
+        self.assertFalse(select.select([leader._selector], [], [], 0)[0])
+        newcomer.look_again()
         # Which wakes the leader, idle as it is.
         self.assertTrue(select.select([leader._selector], [], [], 0)[0])
         leader._checked -= 60

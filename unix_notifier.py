@@ -222,6 +222,8 @@ def _scrub(value, above=()):
         if not _is_plain(value):
             return _scrub(_primitive(value), above)
         return json.loads(json.dumps(value), parse_constant=lambda nan: None)
+    except (MemoryError, RecursionError):
+        raise       # of the caller's: nothing would be left of the message
     except Exception:
         return _repr(value)
 
@@ -253,7 +255,7 @@ def _encode(message, mask=False):
         plain = strutils.mask_dict_password(message) if mask else message
         return _ENCODER.encode(plain).encode('ascii') + b'\n'
     except Exception:
-        plain = _scrub(message)
+        plain = {key: _scrub(value) for key, value in message.items()}
         if mask:
             plain = strutils.mask_dict_password(plain)
         return _ENCODER.encode(plain).encode('ascii') + b'\n'
@@ -553,7 +555,7 @@ def _bind(sock, path, mode, gid=None):
 
 def _answers(path):
     """Whether a process listens at the path."""
-    with _unix_socket() as probe:
+    with _no_fork, _unix_socket() as probe:     # a child would subscribe
         probe.setblocking(False)
         # EAGAIN: its backlog is full. Whatever else: not ours.
         return probe.connect_ex(path) not in (errno.ECONNREFUSED,
@@ -960,10 +962,13 @@ class _Hub:
         self._queue.extend((line,) + (None,) * (len(line) // _QUEUE_UNIT))
         # The loop raises the flag before it looks at the queue for the last
         # time. We append before we read the flag. One sees the other.
-        if self._asleep:
-            self._wake()
-        if queued > self._ahead:
-            self._give_way()
+        try:
+            if self._asleep:
+                self._wake()
+            if queued > self._ahead:
+                self._give_way()
+        except Exception:  # nosec B110
+            pass        # out of stack; it is queued, and the next one wakes
 
     def _anyone(self, gate):
         """See _Gate for why nobody is missed."""
@@ -987,10 +992,13 @@ class _Hub:
         before it dropped something, and nothing that it queues later.
         """
         self._gap = drops = next(self._drops)
-        if self._asleep:
-            self._wake()
-        if drops % _BATCH == _BATCH - 1:
-            self._give_way()    # to drop takes 0.5 us, the loop waits for 5 ms
+        try:
+            if self._asleep:
+                self._wake()
+            if drops % _BATCH == _BATCH - 1:
+                self._give_way()    # it takes 0.5 us, the loop waits for 5 ms
+        except Exception:  # nosec B110
+            pass        # as in emit(); it is counted
 
     def _give_way(self):
         """Let the loop have the GIL.
@@ -1006,11 +1014,15 @@ class _Hub:
         # Lowered first. After the loop has woken it is the loop's to raise;
         # to lower it then would leave the loop asleep with the flag down.
         self._asleep = False
-        waker = self._waker
-        if waker is None:
-            self.start()
-        else:
-            waker.set()
+        try:
+            waker = self._waker
+            if waker is None:
+                self.start()
+            else:
+                waker.set()
+        except BaseException:   # out of stack, or a signal handler raises
+            self._asleep = True     # or nobody would wake it again
+            raise
 
     def start(self):
         """Start the loop, if need be. Never raises.
@@ -1023,17 +1035,18 @@ class _Hub:
         try:
             if self._thread is None:
                 self._waker = _Event()
-                thread = threading.Thread(
+                # Known before it starts: a signal handler may raise as we
+                # wait for it to run.
+                self._thread = threading.Thread(
                     target=self._run, args=(self._pid,),
                     name='unix-notifier', daemon=True)
-                thread.start()
-                self._thread = thread
+                self._thread.start()
                 # A child of multiprocessing leaves without atexit. It runs
                 # its finalizers, which its bootstrap clears: not sooner.
                 if process.parent_process() is not None:
                     util.Finalize(None, self.close, exitpriority=0)
         except (OSError, RuntimeError):
-            self._waker = None
+            self._thread = self._waker = None
             self._asleep = True
         finally:
             self._starting.release()
@@ -1045,7 +1058,8 @@ class _Hub:
         self._closing = True
         if self._thread is not None:
             self._waker.set()
-            self._thread.join(_EXIT_TIME)
+            with contextlib.suppress(RuntimeError):     # it never started
+                self._thread.join(_EXIT_TIME)
             if self._thread.is_alive():
                 return      # stuck in a log handler, say; leave it its state
         if self._thread is not None or self._waiting():
@@ -1062,6 +1076,7 @@ class _Hub:
         pid = os.getpid()
         with self._forking.setdefault(pid, threading.Lock()):
             if self._pid != pid:
+                _renew_locks()
                 if self._waker is not None:
                     self._waker.close()     # all threads wait here
                 self._close_files()
@@ -1275,6 +1290,7 @@ class _Hub:
         """Another process owns the path: send the subscribers there."""
         bound, self._bound = self._bound, None
         self._gate = _Gate(is_open=True)    # until it is clear who serves
+        self._pause.clear()
         self._close_listener(bound)
         for subscriber in list(self._subscribers):
             self._part(subscriber, 'another process took the path')
@@ -1325,12 +1341,12 @@ class _Hub:
         """Whether all places are taken by subscribers that are still there.
 
         One that half-closed is not watched, for the end of its stream would
-        be reported for ever: it is asked when its place is wanted.
+        be reported for ever; of others it may wait to be reported.
         """
         limit = self.settings.max_subscribers
         if len(self._subscribers) >= limit:
             for subscriber in list(self._subscribers):
-                if subscriber.half_closed and not subscriber.alive():
+                if not subscriber.alive():
                     self._part(subscriber, 'it is gone')
         return len(self._subscribers) >= limit
 
@@ -1368,13 +1384,13 @@ class _Hub:
         mask = subscriber.wanted()
         if mask != subscriber.mask:
             old, subscriber.mask = subscriber.mask, mask
-            callback = functools.partial(self._on_subscriber, subscriber)
-            if mask and old:
-                self._selector.modify(subscriber.sock, mask, callback)
-            elif mask:
-                self._watch(subscriber.sock, callback, mask)
-            else:
+            if not mask:
                 self._unwatch(subscriber.sock)
+                return
+            # In one system call, where it can be.
+            watch = self._selector.modify if old else self._selector.register
+            watch(subscriber.sock, mask, functools.partial(
+                self._on_subscriber, subscriber))
 
     def _on_subscriber(self, subscriber, mask):
         if subscriber not in self._subscribers:
@@ -1538,6 +1554,7 @@ def _hang_up(sock):
 
 _hubs = {}      # the hubs of this process, by path: one for each
 _hubs_lock = threading.RLock()  # by who reads the options at the first call
+_locks_pid = os.getpid()    # whose the locks are
 
 
 def _at_exit():
@@ -1559,11 +1576,18 @@ def _after_fork_in_parent():
         _no_fork.release()
 
 
+def _renew_locks():
+    """In a child they may be held by threads that it does not have."""
+    global _hubs_lock, _no_fork, _locks_pid
+    if _locks_pid != os.getpid():
+        _hubs_lock, _no_fork = threading.RLock(), threading.RLock()
+        _locks_pid = os.getpid()
+
+
 def _after_fork_in_child():
-    global _hubs_lock, _no_fork
-    _hubs_lock, _no_fork = threading.RLock(), threading.RLock()
     for hub in _hubs.values():
         hub.forked()
+    _renew_locks()      # without a hub, too
 
 
 os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child,
@@ -1635,8 +1659,11 @@ class UnixDriver(notifier.Driver):
             return
         try:
             hub.emit(message)
-        except Exception:
-            hub.drop()      # out of memory, say: lost, and accounted for
+        except Exception:   # out of memory, say: lost, and accounted for
+            try:
+                hub.drop()
+            except Exception:   # out of stack: it has not even begun
+                hub._gap = next(hub._drops)
 
     def _late_hub(self):
         """The hub at the first call, if there was no conf; None if invalid.
@@ -1886,6 +1913,8 @@ class _RelayHub(_Hub):
                 return
             self._patience -= 1
             time.sleep(_GIVE_WAY)
+            if self._uplink is not None:
+                return      # a green thread has forked: see _wait()
             for each in self._subscribers:
                 each.blocked = False    # to try is to know
             super()._flush()
@@ -1950,9 +1979,11 @@ class _RelayHub(_Hub):
             sock.send(_HELLO + b'\n', socket.MSG_NOSIGNAL)
         except OSError as reason:
             sock.close()
-            if reason.errno == errno.ENOENT:
+            if (reason.errno == errno.ENOENT
+                    and self._retry.delay >= _Backoff.MAX):
                 # A leader that has lost its relay does not notice while there
-                # is nothing to do. So knock.
+                # is nothing to do. So knock; not sooner than it would look,
+                # nor at one that is about to leave.
                 _answers(self.settings.path)
             raise error
         self._uplink.sock, self._uplink.who = sock, 'the leader, ' + who

@@ -39,6 +39,9 @@ PUBLISHER = os.path.join(os.path.dirname(os.path.abspath(__file__)),
                          'publisher.py')
 # Seconds that anything may take that should take milliseconds.
 PATIENCE = 20
+# Seconds that a process grants a reader that makes no progress as it exits.
+# One that got no CPU for so long is not told from one that is stalled.
+EXIT_STALL = 0.1
 # A user without any rights.
 NOBODY = 65534
 MIB = 1024 * 1024
@@ -451,9 +454,12 @@ class Publisher(Controlled):
         return (result.si_status if result.si_code == os.CLD_EXITED
                 else -result.si_status)
 
-    def exit_seconds(self):
-        """How long the exit handlers took, of a process that has ended."""
-        line, = self.log('exit handlers of %d took' % self.pid)
+    def exit_seconds(self, pid=None):
+        """How long the exit handlers took, of a process that has ended.
+
+        :param pid: of a child that it has forked, or its own
+        """
+        line, = self.log('exit handlers of %d took' % (pid or self.pid))
         return float(line.split()[-2])
 
     def close(self):
@@ -576,6 +582,7 @@ class FunctionalTestCase(base.BaseTestCase):
                        content.text_content('\n'.join(log)))
         if not tracebacks:
             self.assertEqual([], publisher.log('Traceback'))
+        self.assertEqual([], publisher.log('unclosed <socket'))
 
     def fork(self, parent, how, command='fork', **arguments):
         """Have a publisher fork; see there. Returns the child."""

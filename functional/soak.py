@@ -112,8 +112,6 @@ ACTIONS_TO_SETTLEMENT = 16
 HEAL = 4
 # Seconds that it may take to read what comes before the end of the stream.
 READ = 1
-# Seconds without progress after which a process that exits gives up.
-EXIT_STALL = 0.1
 
 # How often each is done. Those in ROUGH end connections of others; every
 # other time, until a settlement, there are none, for exact books.
@@ -500,7 +498,7 @@ class Soak:
         self._send_off(process, how)
         self._reap(process)
         took = time.monotonic() - begin
-        if abrupt or self._exit_time(process, took) >= EXIT_STALL:
+        if abrupt or self._exit_time(process, took) >= base.EXIT_STALL:
             self.cut.update(slots)
             self.done['processes whose last words were not owed'] += 1
         else:

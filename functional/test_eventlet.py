@@ -221,7 +221,8 @@ class EventletTest(base.FunctionalTestCase):
             publisher.tell('leave', how=how, count=2000, size=100)
             self.assertEqual(0, publisher.wait_exit())
             self.assertLess(publisher.exit_seconds(), 0.9)
-        self.assert_complete(subscriber, 4000)
+        if leader.exit_seconds() < base.EXIT_STALL:
+            self.assert_complete(subscriber, 4000)
         subscriber.wait_end()
         self.assertFalse(os.path.exists(self.path))
 

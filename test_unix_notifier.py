@@ -312,7 +312,7 @@ class SteppedHub(unix_notifier._Hub):
     def finish(self):
         if not self._closing:
             self._closing = True
-            self._leave()
+            self._leave(time.monotonic() + WAIT)
 
 
 def make_clogged_subscriber(backlog):

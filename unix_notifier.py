@@ -1056,6 +1056,7 @@ class _Hub:
         if self._closing or self._pid != os.getpid():
             return
         self._closing = True
+        deadline = time.monotonic() + _EXIT_TIME
         if self._thread is not None:
             self._waker.set()
             with contextlib.suppress(RuntimeError):     # it never started
@@ -1063,7 +1064,7 @@ class _Hub:
             if self._thread.is_alive():
                 return      # stuck in a log handler, say; leave it its state
         if self._thread is not None or self._waiting():
-            self._leave()
+            self._leave(deadline)
 
     def forked(self):
         """A child starts afresh, and leaves to the parent what is its own.
@@ -1489,10 +1490,11 @@ class _Hub:
 
     # The end.
 
-    def _leave(self):
+    def _leave(self, deadline):
         """Serve who is there with what is there; then close, lock last.
 
-        Runs in the exit handler, once the loop has ended.
+        Runs in the exit handler, once the loop has ended, for a turn at
+        least, and until time.monotonic() is ``deadline``.
         """
         self._open()
         if self._bound is not None:
@@ -1503,7 +1505,6 @@ class _Hub:
             self._unwatch(self._bound.sock)
             self._pause.at = math.inf   # who comes now is for the next leader
         progress = time.monotonic()
-        deadline = progress + _EXIT_TIME
         while (any(each.pending() for each in self._subscribers)
                and time.monotonic() < min(deadline, progress + _EXIT_STALL)):
             unread = self._unread()

@@ -87,7 +87,8 @@ class DeliveryTest(base.FunctionalTestCase):
         publisher.tell('leave', how='exit')
         self.assertEqual(0, publisher.wait_exit())
         subscriber.wait_end()
-        self.assertLess(publisher.exit_seconds(), 1.3)
+        # A second, and what it takes to get the GIL beside the four.
+        self.assertLess(publisher.exit_seconds(), 2)
         self.assertEqual([], publisher.troubles())
 
     def test_notifications_of_a_process_that_lives_for_a_moment(self):

@@ -68,7 +68,8 @@ LAG = 200000            # calls while a subscriber does not read
 IDLE = 10               # seconds
 WORKERS = 8             # processes that share a path
 BUFFER = 8 * peers.MIB
-# What subscribers may come to at any time.
+# What subscribers may come to at any time, and what does not wait for one that
+# stops to read, as the floor and a SocketHandler do for ever.
 QUEUES = *peers.OURS, 'zmq', 'nng'
 
 _CONTEXT = multiprocessing.get_context('spawn')
@@ -646,7 +647,8 @@ def main():
         if arguments.json:
             print(json.dumps(row), flush=True)
     machine = 'Python %s, %d cores, Linux %s; load %.1f' % (
-        platform.python_version(), os.cpu_count(), platform.release(),
+        platform.python_version(), os.cpu_count(),
+        platform.release().partition('-')[0],
         os.getloadavg()[0])
     if arguments.chart:
         chart(arguments.chart, done, machine)

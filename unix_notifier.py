@@ -145,7 +145,6 @@ _CHECK_INTERVAL = 1
 _EXIT_TIME = 1
 _EXIT_STALL = 0.1
 
-
 # Seconds: a send that takes longer has waited for the GIL. Bytes: a send of
 # more takes so long that another thread should have the GIL meanwhile.
 _GIL_LATE = 1e-3

@@ -2438,7 +2438,8 @@ class DriverTest(TestCase):
             emitted, refused = emitted + found, refused + (not found)
             wait_until(lambda: driver._hub._asleep)
             depth += 1 if depth > sys.getrecursionlimit() - 200 else 50
-        self.assertEqual(1, refused)    # there was no room for notify()
+        # There was no room for notify(), nor for who measures coverage.
+        self.assertTrue(0 < refused < 4, refused)
         self.notify(driver, {'n': emitted})
         wait_until(lambda: account(client.read()) == emitted + 1)
         self.assertTrue(lost(client.messages))

@@ -109,13 +109,14 @@ class ServerTestCase(base.FunctionalTestCase):
         if importlib.util.find_spec(module) is None:
             self.skipTest('%s is not installed' % module)
 
-    def serve(self, *arguments):
+    def serve(self, *arguments, **environment):
         """Start a server, and wait until it answers."""
         with open(self.log, 'wb') as log:
             process = subprocess.Popen(
                 arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 cwd=HERE, start_new_session=True,
-                env=dict(os.environ, WSGI_APP_CONFIG=self.config))
+                env=dict(os.environ, WSGI_APP_CONFIG=self.config,
+                         **environment))
         self.addCleanup(self._end, process)
         base.wait_until(lambda: self._answers(process), 'server is up')
         return process
@@ -346,7 +347,9 @@ class ModWsgiTest(ServerTestCase):
                 if self.uid else ''))
         leader = self.publisher(uid=self.uid)
         subscriber = self.subscribe()
-        process = self.serve(self.apache, '-DFOREGROUND', '-f', config)
+        # coverage cannot be had in a second interpreter of a process.
+        process = self.serve(self.apache, '-DFOREGROUND', '-f', config,
+                             COVERAGE_PROCESS_START='')
         emitted = self.load(30, ('/global', '/sub'))
         self.assert_received(subscriber, emitted)
         self.assertGreaterEqual(len(self.pids()), 2)

@@ -101,17 +101,17 @@ class ScratchTestCase(base.BaseTestCase):
 class PartsTest(ScratchTestCase):
 
     def _run_parts(self, *parts):
+        """All tests of the parts pass, on these parts."""
         write(cut(read(unix_notifier.__file__), *parts),
               self.scratch, 'unix_notifier.py')
-        write(cut(read(TESTS), *parts),
-              self.scratch, 'test_unix_notifier.py')
+        tests = cut(read(TESTS), *parts)
+        write(tests, self.scratch, 'test_unix_notifier.py')
         add_messages(self.scratch)
-        return self.run_tests('test_unix_notifier')
+        self.assertEqual(len(re.findall('    def test_', tests)),
+                         self.run_tests('test_unix_notifier'))
 
     def test_stream_stands_alone(self):
-        tests = cut(read(TESTS), 'STREAM')
-        self.assertEqual(len(re.findall('    def test_', tests)),
-                         self._run_parts('STREAM'))
+        self._run_parts('STREAM')
         self.assertNotIn('_RelayHub', read(self.scratch, 'unix_notifier.py'))
 
     def test_page_lists_what_stream_does_not_need(self):
@@ -128,9 +128,7 @@ class PartsTest(ScratchTestCase):
             set(re.findall('``(.*?)``', listed)))
 
     def test_stream_with_relay_stands_alone(self):
-        tests = cut(read(TESTS), 'STREAM', 'RELAY')
-        self.assertEqual(len(re.findall('    def test_', tests)),
-                         self._run_parts('STREAM', 'RELAY'))
+        self._run_parts('STREAM', 'RELAY')
         text = read(self.scratch, 'unix_notifier.py')
         self.assertIn('class _RelayHub', text)
         self.assertNotIn('_Subscription', text)

@@ -885,8 +885,8 @@ class ClearTest(TestCase):
         with listen(self.path, 0):
             self.assertKept(errno.EADDRINUSE)
             # Even if it got the inode of one of ours, or is kept busy.
-            device, inode, ctime = self.identity()
-            self.assertKept(errno.EADDRINUSE, [device, inode, ctime - 1])
+            device, inode, mtime = self.identity()
+            self.assertKept(errno.EADDRINUSE, [device, inode, mtime - 1])
             for _ in range(3):
                 client = socket.socket(socket.AF_UNIX)
                 self.addCleanup(client.close)
@@ -899,9 +899,13 @@ class ClearTest(TestCase):
             self.assertKept(errno.EADDRINUSE)
 
     def test_dead_leaders_socket_that_a_child_answers_goes(self):
-        with listen(self.path):     # as a forked child still does
-            unix_notifier._clear(self.path, self.identity())
-        self.assertEqual([], os.listdir(self.dir))
+        for change in (lambda: None, lambda: os.chmod(self.path, 0o604),
+                       lambda: os.link(self.path, self.path + '.link')):
+            with listen(self.path):     # as a forked child still does
+                left = self.identity()
+                change()    # and an administrator by hand
+                unix_notifier._clear(self.path, left)
+            self.assertFalse(os.path.exists(self.path))
 
 
 # -- the backlog ------------------------------------------------------------

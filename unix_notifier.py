@@ -407,12 +407,15 @@ _no_fork = threading.RLock()
 
 
 def _identity(info):
-    """What tells a file from another that takes its path, or its inode."""
-    return [info.st_dev, info.st_ino, info.st_ctime_ns]
+    """What tells a file from another that takes its path, or its inode.
+
+    Of a socket, mtime is when it was bound; chmod and chown change ctime.
+    """
+    return [info.st_dev, info.st_ino, info.st_mtime_ns]
 
 
 def _is_at(path, identity):
-    """Whether the path is the file, whose ctime may have changed since."""
+    """Whether the path is the file, which may be written to, as a lock is."""
     try:
         return _identity(os.lstat(path))[:2] == identity[:2]
     except OSError:
@@ -543,7 +546,6 @@ def _bind(sock, path, mode, gid=None):
         if gid is not None:     # a sandbox may forbid even to change nothing
             os.lchown(path, -1, gid)
         os.chmod(path, mode)
-        bound.identity = _identity(os.lstat(path))
         return bound
     except OSError as error:
         if bound is not None:
@@ -2081,8 +2083,6 @@ class _RelayHub(_Hub):
         if passed.intact():
             # Another may go on with it already, whose lock was removed.
             self._make_way(self._relay_path)
-            # Its mode may have been changed by hand since.
-            passed.identity = _identity(os.lstat(passed.path))
             return passed
         self._passed = None
         # It has lost the path: let go who waits there.

@@ -2747,6 +2747,11 @@ class RelayPathTest(RelayCase):
             follower.sock.close()
         leader._close_files()
 
+    def leave(self, leader):
+        """As at its end, amid whatever: it owes nobody anything."""
+        leader._lock.vacate()
+        self.die(leader)
+
     def settle(self, *hubs):
         """Let them look after the path until one leads and the rest follow."""
         def settled():
@@ -2759,16 +2764,33 @@ class RelayPathTest(RelayCase):
         leader, = (hub for hub in hubs if hub._uplink is None)
         return leader
 
-    def test_follower_goes_on_with_the_listener_of_a_dead_leader(self):
+    def test_follower_goes_on_with_the_listener_of_a_leader_that_left(self):
         leader, follower = self.make_pair()
         bound = os.stat(self.path).st_ino
         client = self.connect()
         self.emit(follower, range(3))
-        self.die(leader)
+        self.leave(leader)
         self.assertIs(follower, self.settle(follower))
         self.step(follower)
         self.assertEqual(bound, os.stat(self.path).st_ino)
         self.assertEqual(3, account(client.read()))
+
+    def test_who_waits_at_a_dead_leader_sees_the_end_of_the_stream(self):
+        leader, follower = self.make_pair()
+        bound = os.stat(self.path).st_ino
+        clients = [self.connect() for _ in range(3)]
+        self.emit(follower, range(3))
+        self.step(follower)
+        self.die(leader)    # and with it what it was sent
+        with mock.patch.object(unix_notifier, '_accept', autospec=True,
+                               side_effect=OSError(errno.EMFILE, 'full')):
+            follower.look_again()
+        self.assertIsNone(follower._bound)  # or the rest would go on
+        self.assertIs(follower, self.settle(follower))
+        self.assertEqual([[]] * 3, [each.read() for each in clients])
+        self.assertTrue(all(each.ended for each in clients))
+        self.assertEqual(bound, os.stat(self.path).st_ino)
+        self.assertServed(follower, self.connect())
 
     def assertGoesWhole(self, end):
         """A line that is half sent as the leader ends, in whichever way."""
@@ -2783,7 +2805,7 @@ class RelayPathTest(RelayCase):
         self.assertIs(follower, self.settle(follower))
         self.pump(follower, after, 1)
         self.assertEqual([], before.read())
-        self.assertTrue(before.ended or end == self.die)
+        self.assertTrue(before.ended or end == self.leave)
 
     def test_path_goes_with_the_last_that_leaves(self):
         first, second = self.make_pair()
@@ -2796,10 +2818,10 @@ class RelayPathTest(RelayCase):
         second.finish()     # which has not read the end of the third's stream
         self.assertFalse(os.path.exists(self.path))
 
-    def test_half_sent_line_goes_whole_to_the_next_of_a_dead_leader(self):
-        self.assertGoesWhole(self.die)
-
     def test_half_sent_line_goes_whole_to_the_next_of_one_that_leaves(self):
+        self.assertGoesWhole(self.leave)
+
+    def test_half_sent_line_goes_whole_to_the_next_of_one_that_exits(self):
         self.assertGoesWhole(SteppedRelayHub.finish)
 
     def test_who_waits_at_a_listener_that_lost_the_path_is_let_go(self):
@@ -2818,7 +2840,7 @@ class RelayPathTest(RelayCase):
         client = self.connect()
         self.emit(follower, range(3))
         os.unlink(self.path + '.relay')
-        self.die(leader)
+        self.leave(leader)
         with trouble(follower):
             follower.look_again(3)
             self.assertIsNone(follower._bound)

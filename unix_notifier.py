@@ -428,9 +428,10 @@ class _Lock:
     A lock, since a connect probe lies: a forked child keeps a dead service's
     listener connectable. flock, since a POSIX lock vanishes when any
     descriptor of the file is closed, and two copies of this module in one
-    process would both get it. The file holds, in JSON, the pid of its owner
-    and the identity of what the owner bound. It is never removed: removing
-    it while another process waits for it would make two owners.
+    process would both get it. The file holds, in JSON, the pid of its owner,
+    until that leaves in good order, and the identity of what the owner bound.
+    It is never removed: removing it while another process waits for it would
+    make two owners.
     """
 
     def __init__(self, path):
@@ -489,8 +490,18 @@ class _Lock:
 
     def write(self, bound):
         """Name the owner and what it bound, for who comes after a crash."""
-        record = dict(self.read(), pid=os.getpid())
-        record.update((each.path, each.identity) for each in bound)
+        self._write(os.getpid(), {each.path: each.identity for each in bound})
+
+    def vacate(self):
+        """Note that the owner leaves in good order: it owes nobody a line."""
+        self._write(None, {})
+
+    def vacated(self):
+        """Whether the last owner did."""
+        return self.read().get('pid') is None
+
+    def _write(self, pid, identities):
+        record = dict(self.read(), pid=pid, **identities)
         data = json.dumps(record).encode('ascii')
         os.pwrite(self.fd, data, 0)
         os.ftruncate(self.fd, len(data))
@@ -1533,6 +1544,9 @@ class _Hub:
             self._part(subscriber, 'the service stops')
         if self._bound is not None:
             self._close_listener(self._bound)
+        if self._lock.fd is not None:
+            with contextlib.suppress(OSError):
+                self._lock.vacate()
         self._close_files()
 
 
@@ -1710,7 +1724,10 @@ class UnixDriver(notifier.Driver):
 #
 # When the uplink ends, the followers try the lock. Who gets it goes on with
 # the listener that it was passed, so that nobody in its backlog is stranded;
-# the others follow the new leader. What an uplink has not sent is kept.
+# the others follow the new leader. What an uplink has not sent is kept. If
+# the lock does not say that the last leader left in good order, what that had
+# taken in is lost, and who waits by then sees the end of the stream, as those
+# do whom it had accepted.
 
 _HELLO = b'unix-notifier relay 1'
 
@@ -2083,13 +2100,24 @@ class _RelayHub(_Hub):
         if passed.intact():
             # Another may go on with it already, whose lock was removed.
             self._make_way(self._relay_path)
+            if not self._lock.vacated():
+                self._let_go(passed.sock)
             return passed
         self._passed = None
-        # It has lost the path: let go who waits there.
         with contextlib.suppress(OSError), passed.sock as sock:
-            while True:
-                self._own(_accept, sock).close()
+            self._let_go(sock)      # it has lost the path
         return super()._listener()
+
+    def _let_go(self, listener):
+        """End the streams of all who wait.
+
+        What a leader that was killed had taken in for them has gone with it.
+        Out of descriptors, it raises, for one that was left would go on as if
+        nothing were missing.
+        """
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self._own(_accept, listener).close()
 
     def _take_over(self):
         """Lead. What the uplink is owed goes to those who wait."""

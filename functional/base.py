@@ -497,12 +497,12 @@ def fork(directory, parent, how, command='fork', **arguments):
 
 
 def leader_pid(path):
-    """The pid of the process that was the last to lead."""
+    """The pid of the process that leads, or was killed as it led."""
     try:
         with open(path + '.lock') as lock:
             return json.load(lock)['pid']
     except (OSError, ValueError):
-        return None     # nobody yet, or it is being written
+        return None     # nobody, or it is being written
 
 
 class FunctionalTestCase(base.BaseTestCase):
@@ -666,7 +666,7 @@ class RelayTestCase(FunctionalTestCase):
         return worker
 
     def leader_pid(self):
-        """The pid of the process that was the last to lead."""
+        """See the function."""
         return leader_pid(self.path)
 
     def wait_leader(self, workers):

@@ -1201,34 +1201,34 @@ class EventTest(TestCase):
 class GateTest(TestCase):
 
     def test_look_finds_who_waits(self):
-        self.assertFalse(unix_notifier._Gate().look())
+        self.assertFalse(unix_notifier._poll()())
         with listen(self.path) as sock:
-            gate = unix_notifier._Gate((sock.fileno(),))
-            self.assertFalse(gate.look())
+            look = unix_notifier._poll(sock.fileno())
+            self.assertFalse(look())
             self.connect()
-            self.assertTrue(gate.look())
+            self.assertTrue(look())
             sock.accept()[0].close()
-            self.assertFalse(gate.look())
+            self.assertFalse(look())
 
     def test_each_descriptor_is_looked_at(self):
         events = [unix_notifier._Event() for _ in range(3)]
-        gate = unix_notifier._Gate([each.fileno() for each in events])
+        look = unix_notifier._poll(*(each.fileno() for each in events))
         for each in events:
-            self.assertFalse(gate.look())
+            self.assertFalse(look())
             each.set()
-            self.assertTrue(gate.look())
+            self.assertTrue(look())
             each.clear()
 
     def test_closed_descriptor_is_a_reason_to_go_on(self):
         event = unix_notifier._Event()
-        gate = unix_notifier._Gate((event.fileno(),))
+        look = unix_notifier._poll(event.fileno())
         event.close()
-        self.assertTrue(gate.look())
+        self.assertTrue(look())
 
     def test_other_threads_get_no_turn(self):
         """Neither by a look nor by waking the loop: see _libc."""
         event = unix_notifier._Event()
-        gate = unix_notifier._Gate((event.fileno(),))
+        look = unix_notifier._poll(event.fileno())
         turns, stopping = itertools.count(), threading.Event()
         self.addCleanup(stopping.set)
 
@@ -1243,7 +1243,7 @@ class GateTest(TestCase):
         sys.setswitchinterval(1)    # only who gives it up loses the GIL
         before = next(turns)
         for _ in range(5):
-            gate.look()
+            look()
             event.set()
         after = next(turns)
         sys.setswitchinterval(interval)
@@ -2641,9 +2641,9 @@ class RelayStartTest(RelayCase):
 
     def test_listener_presence_and_uplink_are_looked_at_in_this_order(self):
         # Presence first would miss who is accepted between the two.
-        made, gate = [], unix_notifier._Gate
-        self.patch('_Gate', lambda filenos=(), is_open=False: (
-            made.append(tuple(filenos)) or gate(filenos, is_open)))
+        made, poll = [], unix_notifier._poll
+        self.patch('_poll', lambda *filenos: (
+            made.append(filenos) or poll(*filenos)))
         _, follower = self.make_pair()
         self.assertEqual(
             (follower._passed.sock.fileno(), follower._presence.fileno(),
@@ -2860,6 +2860,29 @@ class RelayPathTest(RelayCase):
         self.assertKeptThrough(lambda follower: mock.patch.object(
             follower._lock, 'write', autospec=True,
             side_effect=OSError(errno.ENOSPC, 'full')))
+
+    def test_who_can_neither_lead_nor_follow_keeps_nothing_until_it_may(self):
+        for hinder, free in ((os.rmdir, os.mkdir), (touch, os.unlink)):
+            path = self.dir if hinder is os.rmdir else self.path
+            hinder(path)
+            newcomer = self.make_newcomer(self.make_settings())
+            newcomer.look_again(9)
+            with mock.patch.object(unix_notifier, '_encode', autospec=True,
+                                   side_effect=AssertionError):
+                self.emit(newcomer, range(3))
+            self.assertQueued(newcomer, 0)
+            free(path)
+            leader = self.make_newcomer(newcomer.settings)
+            self.step(leader)
+            client = self.connect()
+            self.emit(newcomer, range(1))   # before it has tried again
+            self.assertIs(leader, self.settle(leader, newcomer))
+            self.step(newcomer)
+            self.pump(leader, client, 1)
+            newcomer.finish()
+            leader.finish()
+            for name in os.listdir(self.dir):
+                os.unlink(os.path.join(self.dir, name))
 
     def test_follower_has_the_leader_look_after_the_path(self):
         leader, follower = self.make_pair()

@@ -565,6 +565,14 @@ def _bind(sock, path, mode, gid=None):
         raise OSError(error.errno, error.strerror, path)
 
 
+def _is_socket(path):
+    """Whether a socket is at the path."""
+    try:
+        return stat.S_ISSOCK(os.lstat(path).st_mode)
+    except OSError:
+        return False
+
+
 def _answers(path):
     """Whether a process listens at the path."""
     with _no_fork, _unix_socket() as probe:     # a child would subscribe
@@ -874,17 +882,25 @@ class _Gate:
     can make a look say yes, which only costs a line to the loop.)
     """
 
-    def __init__(self, filenos=(), is_open=False):
+    def __init__(self, look=bool, is_open=False):
         self.open = is_open
-        # An array of struct pollfd, in the order in which they are visited.
-        # All threads share it: each keeps the GIL for the whole of the call.
-        pollfds = ctypes.create_string_buffer(b''.join(
-            struct.pack('ihh', fileno, select.POLLIN, 0)
-            for fileno in filenos))
-        # look() asks the kernel. Any thread; 0.5 us, without a frame, and
-        # without an object for the number, of which Linux reads an int.
-        self.look = functools.partial(
-            _libc.poll, ctypes.byref(pollfds), len(filenos), 0)
+        self.look = look        # any thread; bool() is False
+
+
+def _poll(*filenos):
+    """A look at descriptors, in this order; 0.5 us, for it has no frame."""
+    # An array of struct pollfd. All threads share it: each keeps the GIL for
+    # the whole of the call.
+    pollfds = ctypes.create_string_buffer(b''.join(
+        struct.pack('ihh', fileno, select.POLLIN, 0) for fileno in filenos))
+    # Without an object for the number, of which Linux reads an int.
+    return functools.partial(
+        _libc.poll, ctypes.byref(pollfds), len(filenos), 0)
+
+
+def _keep_all():
+    """A look of who does not know: somebody may be there."""
+    return True
 
 
 class _Backoff:
@@ -931,7 +947,7 @@ class _Hub:
         self._gap = None        # the last drop, or one of the last
         self._gap_seen = None   # by the loop: nothing is queued till then
         self._asleep = True     # the loop must be woken, or started
-        self._gate = _Gate(is_open=True)    # keep all until the first claim
+        self._gate = _Gate(_keep_all, True)     # until the first claim
         self._starting = threading.Lock()   # tried, never waited for
         self._thread = self._waker = None
         self._closing = False
@@ -1255,7 +1271,8 @@ class _Hub:
             raise
         old, self._bound = self._bound, bound
         # In place before the old listener is closed: see _Gate.
-        self._gate = _Gate((bound.sock.fileno(),), bool(self._subscribers))
+        self._gate = _Gate(_poll(bound.sock.fileno()),
+                           bool(self._subscribers))
         self._announce()
         bound.sock.listen(_BACKLOG)
         self._pause.clear()
@@ -1302,7 +1319,7 @@ class _Hub:
     def _resign(self):
         """Another process owns the path: send the subscribers there."""
         bound, self._bound = self._bound, None
-        self._gate = _Gate(is_open=True)    # until it is clear who serves
+        self._gate = _Gate(_keep_all, True)     # until it is clear who serves
         self._pause.clear()
         self._close_listener(bound)
         for subscriber in list(self._subscribers):
@@ -1901,8 +1918,8 @@ class _RelayHub(_Hub):
     def _set_open(self, is_open):
         if self._uplink is not None:
             # A follower asks the kernel: itself, while the gate is shut, or
-            # once a turn. While there is no leader it keeps all.
-            is_open = not self._uplink.greeted or self._gate.look()
+            # once a turn.
+            is_open = self._gate.look()
         elif is_open:
             self._presence.set()    # before accept(), as the gate is
         else:
@@ -1953,13 +1970,18 @@ class _RelayHub(_Hub):
             # lost lock and relay, which it notices within a second. Keep all.
             self._retry.fail()
             return
-        if (self._uplink is not None
-                and error.errno not in (errno.EAGAIN, *_STARVED)
+        super()._trouble(error)
+        if self._uplink is None:
+            return
+        self._gate = _Gate(_keep_all, True)
+        if (error.errno not in (errno.EAGAIN, *_STARVED)
                 and not (self._passed and self._passed.intact())):
             # Nobody led, nor could, and nobody can be waiting: what we had
-            # until then is owed to nobody.
+            # until then is owed to nobody, nor is what comes while there is
+            # no socket to connect to. 3 us; to keep it takes 70.
             self._uplink.forget(self._backlog)
-        super()._trouble(error)
+            self._gate = _Gate(functools.partial(
+                _is_socket, self.settings.path))
 
     # Following.
 
@@ -2033,7 +2055,7 @@ class _RelayHub(_Hub):
     def _on_leader(self):
         """Hear a hello, again when the listener is new; or why to part."""
         # Open, for a new hello is one of the things that the gate looks at.
-        gate, self._gate = self._gate, _Gate(is_open=True)
+        gate, self._gate = self._gate, _Gate(_keep_all, True)
         try:
             with _no_fork:
                 data, fds, _, _ = socket.recv_fds(self._uplink.sock, 4096, 2)
@@ -2060,8 +2082,8 @@ class _RelayHub(_Hub):
     def _greeted(self, identity, sock, presence):
         sock.setblocking(False)
         # In this order: see the top of this part.
-        gate = _Gate((sock.fileno(), presence.fileno(),
-                      self._uplink.sock.fileno()))
+        gate = _Gate(_poll(sock.fileno(), presence.fileno(),
+                           self._uplink.sock.fileno()))
         if not self._uplink.greeted:
             self._say(logging.INFO, 'relayed to %s', self._uplink.who)
             if not gate.look():
@@ -2081,7 +2103,7 @@ class _RelayHub(_Hub):
             return
         # The leader has gone. What it is owed is kept for the next.
         greeted = subscriber.greeted
-        self._gate = _Gate(is_open=True)    # before what it looks at closes
+        self._gate = _Gate(_keep_all, True)     # before what it looks at goes
         self._unwatch(subscriber.sock)
         subscriber.sock.close()
         subscriber.disconnect()

@@ -118,13 +118,15 @@ READ = 1
 ACTIONS = {
     'join': 3, 'join_by_program': 2, 'part': 2, 'stall': 4, 'half_close': 2,
     'kill_program': 2, 'knock': 1, 'talk': 1, 'rush': 2,
-    'kill_leader': 3, 'leave_leader': 2, 'stop_leader': 3,
+    'kill_leader': 3, 'kill_leader_flat_out': 2,
+    'leave_leader': 2, 'stop_leader': 3,
     'kill_follower': 2, 'leave_follower': 2, 'stop_follower': 2,
     'fork': 6, 'fork_to_stay': 2,
     'remove_socket': 1, 'remove_relay': 1, 'remove_lock': 1,
     'remove_all': 1, 'remove_directory': 1,
 }
-ROUGH = {'kill_leader', 'leave_leader', 'remove_all', 'remove_directory'}
+ROUGH = {'kill_leader', 'kill_leader_flat_out', 'leave_leader', 'remove_all',
+         'remove_directory'}
 
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -484,8 +486,11 @@ class Soak:
             process.stops[-1][1] = time.monotonic()
         process.stopped = False
 
-    def end(self, process, how, slots=()):
-        """End a process in some way, and note what that means."""
+    def end(self, process, how, slots=(), **last):
+        """End a process in some way, and note what that means.
+
+        :param last: what it emits right before it leaves by itself
+        """
         leads = self.leader() is process
         slots = [*process.slots, *slots]
         abrupt = how in ('_exit', 'SIGTERM', 'SIGKILL')
@@ -495,7 +500,7 @@ class Soak:
             process.child.ask('halt')
             self._check_calls(process)
         begin = time.monotonic()
-        self._send_off(process, how)
+        self._send_off(process, how, last)
         self._reap(process)
         took = time.monotonic() - begin
         if abrupt or self._exit_time(process, took) >= base.EXIT_STALL:
@@ -506,7 +511,7 @@ class Soak:
         if leads and abrupt:
             self.owe_from_now()
 
-    def _send_off(self, process, how):
+    def _send_off(self, process, how, last):
         child = process.child
         if how == 'handled':
             child.ask('handle_sigterm')
@@ -518,7 +523,7 @@ class Soak:
         elif how.startswith('SIG'):
             child.kill(getattr(signal, how))
         else:
-            child.tell('leave', how=how)
+            child.tell('leave', how=how, **last)
 
     def _reap(self, process):
         parent = process.parent
@@ -699,6 +704,16 @@ class Soak:
     def do_kill_follower(self, choose):
         return self.do_kill_leader(choose, leads=False)
 
+    def do_kill_leader_flat_out(self, choose):
+        """Its followers have much on its way, and much that is lost."""
+        victim = self._victim(choose, leads=True)
+        if victim is not None:
+            self.numbers[shared.FLAT_OUT] = 1
+            time.sleep(choose.uniform(0, 0.5))
+            self._kill(victim, choose)
+            self.numbers[shared.FLAT_OUT] = 0
+        return victim
+
     def do_leave_leader(self, choose, leads=True):
         victim = self._victim(choose, leads)
         return victim and self._leave(victim, choose)
@@ -731,8 +746,11 @@ class Soak:
         child = Process(self.name('c'), base.fork(
             self.directory, parent.child, how), parent)
         slot = self.new_slot(child.name)
-        child.child.ask('burst', slot=slot, count=choose.randint(1, 300))
-        self.end(child, end, [slot])
+        last = {'slot': slot, 'count': choose.randint(1, 300)}
+        if end != '_exit':      # else nobody could ask for its calls
+            child.child.ask('burst', **last)
+            last = {}
+        self.end(child, end, [slot], **last)
         return '%s of %s by %s, ends by %s' % (child, parent, how, end)
 
     def do_fork_to_stay(self, choose):

@@ -14,9 +14,9 @@
 
 What a thread has emitted stands in a file that all processes have mapped, so
 that it is known at any time, even of a process that was killed, and so that
-all can be paused at once. There, each number takes eight bytes: first RUN,
-MARK and RUSH, then a slot for each thread there ever was. No slot is used
-again.
+all can be paused at once. There, each number takes eight bytes: first those
+that are for all, RUN and so on, then a slot for each thread there ever was. No
+slot is used again.
 """
 
 import collections
@@ -35,8 +35,9 @@ import publisher
 
 # Whether the threads emit, and a number: once it is changed, a thread that
 # does not emit any more emits one last notification, and acknowledges it. Once
-# the third is changed, each emits many without a pause.
-RUN, MARK, RUSH = 0, 1, 2
+# the third is changed, each emits many without a pause; while the fourth is
+# set, none pauses at all.
+RUN, MARK, RUSH, FLAT_OUT = 0, 1, 2, 3
 MANY = 150
 # A slot, of which the first is number 1: the number of the notification that
 # was begun last, and what is acknowledged.
@@ -151,6 +152,12 @@ class Service(publisher.Service):
             self._emit_one(slot, clock, choose)
         clock.close()
 
+    def leave(self, how, slot=None, count=0):
+        """Emit some, and end the process at once; there is no answer."""
+        if count:
+            self.burst(slot, count)
+        super().leave(how)
+
     def _run(self, slot, pause):
         clock, choose = _Clock(), random.Random('%d/%d' % (self.seed, slot))
         rush = self.shared[RUSH]
@@ -159,7 +166,8 @@ class Service(publisher.Service):
                 for _ in range(1 if rush == self.shared[RUSH] else MANY):
                     self._emit_one(slot, clock, choose)
                 rush = self.shared[RUSH]
-                time.sleep(choose.uniform(0, 2 * pause))
+                if not self.shared[FLAT_OUT]:
+                    time.sleep(choose.uniform(0, 2 * pause))
             elif self.shared[slot * SLOT + ACK] != self.shared[MARK]:
                 mark = self.shared[MARK]
                 self._emit_one(slot, clock, choose)

@@ -3092,10 +3092,16 @@ class LineBufferTest(base.BaseTestCase):
 class SubscribeTest(ConsumerTestCase):
 
     def test_bad_path_is_named(self):
-        for path in ('s', '/x/', 'unix://host/s', '/' + 'x' * 101):
+        for path in ('s', '/x/', 'unix://host/s', '/' + 'x' * 107):
             error = self.assertRaises(
                 ValueError, unix_notifier.subscribe, path)
             self.assertIn(path, str(error))
+
+    def test_path_may_be_as_long_as_a_sockets(self):
+        self.path = self.directory + '/' + 'x' * (106 - len(self.directory))
+        stream, service = self.connected()
+        service.sendall(line(1))
+        self.assertEqual(numbered(1), next(stream))
 
     def test_it_is_connected_when_it_returns(self):
         stream, service = self.connected()
@@ -3513,7 +3519,7 @@ class TransportTest(ConsumerTestCase):
                           ('unix://user:pw@/run/x', 'no host'),
                           ('unix:///run/x?a=b', 'query'),
                           ('unix:///run/<service>', 'substituted'),
-                          ('unix:///' + 'x' * 101, 'limit is 101')):
+                          ('unix:///' + 'x' * 107, 'limit is 107')):
             error = self.assertRaises(oslo_messaging.InvalidTransportURL,
                                       self.driver, url)
             self.assertIn(text, str(error))

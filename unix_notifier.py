@@ -73,6 +73,7 @@ import random
 import re
 import select
 import selectors
+import signal
 import socket
 import stat
 import struct
@@ -99,7 +100,8 @@ LOG = logging.getLogger(__name__)
 # STREAM: from notify() to the subscribers of one process
 # ---------------------------------------------------------------------------
 
-# sun_path holds 108 bytes with the NUL; the relay appends '.relay'.
+# Bytes: sun_path holds 108 with the NUL. The relay appends '.relay'.
+_CONNECT_MAX = 107
 _PATH_MAX = 101
 
 # Bytes. Large sends are what keeps the loop ahead: each system call gives up
@@ -342,7 +344,7 @@ _Settings = collections.namedtuple('_Settings', (
     'mask_secrets'))
 
 
-def _parse_path(text):
+def _parse_path(text, limit=_PATH_MAX):
     """The path that a path or a ``unix://`` URI names, or a ValueError."""
     if not text:
         raise ValueError('not set, and the unix driver needs it')
@@ -359,9 +361,9 @@ def _parse_path(text):
         raise ValueError('%r: nothing is substituted but $option; put the '
                          'name itself' % text)
     size = len(os.fsencode(path))
-    if size > _PATH_MAX:
+    if size > limit:
         raise ValueError('%r is %d bytes long; the limit is %d' % (
-            text, size, _PATH_MAX))
+            text, size, limit))
     return path
 
 
@@ -2311,7 +2313,7 @@ class _Subscription(abc.Iterator):
     _sock = None            # while there is no connection
 
     def __init__(self, path, reconnect=True):
-        self.path = _parse_path(path)
+        self.path = _parse_path(path, _CONNECT_MAX)
         self.line = b''         # what the last message was read from
         self._reconnect = reconnect
         self.closed = False     # for good: no more will come
@@ -2675,7 +2677,7 @@ class UnixTransportDriver(_base.BaseDriver):
         try:
             if url.hosts:
                 raise ValueError('%r: a unix:// URI has no host' % str(url))
-            self._path = _parse_path(str(url))
+            self._path = _parse_path(str(url), _CONNECT_MAX)
         except ValueError as error:
             raise oslo_messaging.InvalidTransportURL(str(url), str(error))
 
@@ -2718,8 +2720,8 @@ _EPILOG = """
 
 What happens to the connection, and losses, go to standard error. Exit status:
 0 after --count notifications, or when nobody reads the output any more; 1 if
-it cannot write, or for a line of more than 64 MiB; 2 for wrong arguments; 130
-after Ctrl-C."""
+it cannot write; 2 for wrong arguments; 128 and the number of the signal that
+ends it, which is 130 after Ctrl-C and 143 after SIGTERM."""
 
 # Where services put the id of the request, or else of the resource.
 _ID_KEYS = ('request_id', 'resource_info', 'resource_id', 'instance_id',
@@ -2757,7 +2759,7 @@ def _arguments(argv):
                         'priority, event type, publisher, and an id')
     arguments = parser.parse_args(argv)
     try:
-        arguments.path = _parse_path(arguments.path)
+        arguments.path = _parse_path(arguments.path, _CONNECT_MAX)
         arguments.event_type = re.compile(arguments.event_type)
         _at_least(1)(arguments.count)
     except (ValueError, re.error) as error:
@@ -2765,13 +2767,40 @@ def _arguments(argv):
     return arguments
 
 
+class _StandardError(logging.Handler):
+    """Drops what cannot be written. A stream would fail once more, at exit."""
+
+    def emit(self, record):
+        with contextlib.suppress(OSError):
+            os.write(sys.stderr.fileno(), b'%s\n' % self.format(
+                record).encode(errors='backslashreplace'))
+
+
+def _write(data):
+    """Write all of it. Not by sys.stdout, which, if it is unbuffered, cuts.
+
+    Also to who does not block: it waits, as for any slow reader.
+    """
+    output = sys.stdout.fileno()
+    data = memoryview(data)
+    while data:
+        try:
+            data = data[os.write(output, data):]
+        except BlockingIOError:
+            select.select([], [output], [])
+
+
 def _print(stream, arguments):
-    chosen = (message for message in stream if arguments.event_type.search(
-        str(message.get('event_type'))))
-    for message in itertools.islice(chosen, arguments.count):
-        line = _text(message).encode() if arguments.text else stream.line
-        sys.stdout.buffer.write(line + b'\n')
-        sys.stdout.buffer.flush()
+    count = 0
+    for message in stream:
+        event_type = str(message.get('event_type'))
+        if arguments.event_type.search(event_type):
+            # Not the line as it came, which need not be strict, nor harmless.
+            _write((_text(message).encode() if arguments.text else
+                    _ENCODER.encode(message).encode()) + b'\n')
+            count += event_type != _REFUSED
+            if count == arguments.count:
+                break
 
 
 def _close_unread(stream):
@@ -2785,20 +2814,28 @@ def _close_unread(stream):
 def main(argv=None):
     """Follow a socket: see ``--help``. Returns the exit status."""
     arguments = _arguments(argv)
-    logging.basicConfig(format='%(message)s', level=logging.INFO)
+    # At once, wherever it is. Not left to the default: for process 1, that of
+    # a container, that is to go on. Who had it ignored (nohup) wants that.
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _: os._exit(128 + number))
+    logging.basicConfig(
+        format='%(message)s', level=logging.INFO,
+        handlers=[_StandardError() if sys.stderr else logging.NullHandler()])
+    if sys.stdout is None:
+        LOG.error('Standard output is closed')
+        return 1
     try:
         with subscribe(arguments.path) as stream:
             threading.Thread(target=_close_unread, args=(stream,),
                              daemon=True).start()
             _print(stream, arguments)
-    except KeyboardInterrupt:
-        return 130
-    except (OSError, ValueError) as error:
-        # What is left in the buffer would fail once more, at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):
-            LOG.error(error)
-            return 1
+        os.write(sys.stdout.fileno(), b'')  # a lost terminal refuses that
+    except BrokenPipeError:
+        pass
+    except OSError as error:
+        LOG.error('Cannot write: %s', error)
+        return 1
     return 0
 
 

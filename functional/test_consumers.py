@@ -18,12 +18,17 @@ handle, that hang when they are stopped or when the service is restarted, and
 against a command line that ends in a traceback or does not end.
 """
 
+import array
+import fcntl
+import json
 import os
+import pty
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 
 import base
 import unix_notifier
@@ -180,13 +185,29 @@ class ListenerTest(ConsumerTestCase):
 
 class CommandLineTest(ConsumerTestCase):
 
-    def command(self, *arguments, **kwargs):
+    def command(self, *arguments, by=(), stdout=subprocess.PIPE, **env):
         process = subprocess.Popen(
-            [*COMMAND, self.path, *arguments], stdin=subprocess.DEVNULL,
-            stdout=kwargs.pop('stdout', subprocess.PIPE),
-            stderr=subprocess.PIPE, start_new_session=True)
+            [*by, *COMMAND, self.path, *arguments], stdin=subprocess.DEVNULL,
+            stdout=stdout, stderr=subprocess.PIPE, start_new_session=True,
+            env=dict(os.environ, **env))
         self.addCleanup(self._end, process)
         return process
+
+    def full(self, **kwargs):
+        """A command that cannot go on writing, and the end to read from."""
+        reading, writing = map(open, os.pipe(), ('rb', 'wb'))
+        self.addCleanup(reading.close)
+        with writing:
+            os.set_blocking(writing.fileno(), kwargs.pop('blocking', True))
+            process = self.command(stdout=writing, **kwargs)
+            size = fcntl.fcntl(writing, fcntl.F_GETPIPE_SZ)
+        self.wait_status(process, 'connected')
+        self.sender.ask('emit', count=1, size=5 * size)
+        unread = array.array('i', [0])
+        base.wait_until(lambda: not fcntl.ioctl(
+            reading, termios.FIONREAD, unread) and unread[0] >= size,
+            'it is full')
+        return process, reading
 
     @staticmethod
     def _end(process):
@@ -200,6 +221,14 @@ class CommandLineTest(ConsumerTestCase):
                 return
         self.fail('no %r' % text)
 
+    @staticmethod
+    def emit_until_end(service, process):
+        def ended():
+            service.ask('emit', count=1)
+            return process.poll() is not None
+
+        base.wait_until(ended, 'it ends')
+
     def test_lines_are_those_of_the_socket_at_once(self):
         service = self.service()
         process = self.command()
@@ -210,7 +239,7 @@ class CommandLineTest(ConsumerTestCase):
         lines = [process.stdout.readline() for _ in range(100)]
         self.assertEqual(
             other.messages,
-            [unix_notifier.json.loads(line) for line in lines])
+            [json.loads(line) for line in lines])
 
     def test_it_waits_and_comes_back_and_says_so(self):
         process = self.command('--count', '2')
@@ -295,24 +324,87 @@ class CommandLineTest(ConsumerTestCase):
             service.ask('stop')
             self.assertNotIn(b'Traceback', process.stderr.read())
 
-    def test_interrupt_ends_it(self):
-        self.service()
-        process = self.command()
-        self.wait_status(process, 'connected')
-        process.send_signal(signal.SIGINT)
-        self.assertEqual(130, process.wait(base.PATIENCE))
-        self.assertNotIn(b'Traceback', process.stderr.read())
+    def test_signals_end_it_at_once(self):
+        self.sender = self.service()
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+            process = self.command()
+            self.wait_status(process, 'connected')
+            for process in process, self.full()[0]:
+                process.send_signal(number)
+                self.assertEqual(128 + number, process.wait(base.PATIENCE))
+                self.assertEqual(b'', process.stderr.read())
 
-    def test_output_that_cannot_be_written_is_an_error(self):
+    def test_signals_end_it_though_it_is_process_1(self):
+        by = ('unshare', '--pid', '--fork', '--kill-child')
+        if shutil.which('unshare') is None or subprocess.run(
+                [*by, 'true'], stderr=subprocess.DEVNULL).returncode:
+            self.skipTest('there is no unshare, or it is not allowed')
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+            process = self.command(by=by)
+            self.wait_status(process, 'waiting for it')
+            with open('/proc/%d/task/%d/children' % (
+                    process.pid, process.pid)) as children:
+                os.kill(int(children.read()), number)
+            self.assertEqual(128 + number, process.wait(base.PATIENCE))
+
+    def test_signal_that_was_ignored_for_it_still_is(self):
+        process = self.command(by=('sh', '-c', 'trap "" HUP; exec "$@"', ''))
+        self.wait_status(process, 'waiting for it')
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(128 + signal.SIGTERM, process.wait(base.PATIENCE))
+
+    def test_no_line_is_cut_whatever_the_output_is(self):
+        self.sender = self.service()
+        for blocking, unbuffered in ((True, ''), (True, '1'), (False, '1')):
+            process, reading = self.full(
+                blocking=blocking, PYTHONUNBUFFERED=unbuffered)
+            base.stop(process.pid)
+            os.kill(process.pid, signal.SIGCONT)
+            self.sender.ask('emit', count=1)
+            for _ in range(2):
+                self.assertIn('payload', json.loads(reading.readline()))
+            process.kill()
+
+    def test_output_that_cannot_be_written_is_an_error_of_one_line(self):
         service = self.service()
-        with open('/dev/full', 'wb') as full:
-            process = self.command(stdout=full)
-        self.wait_status(process, 'connected')
-        service.ask('emit', count=1)
+        for output in ('>/dev/full', '>&-', '1</dev/null',
+                       '>/dev/full 2>/dev/full', '>&- 2>&-'):
+            process = self.command(by=('sh', '-c', '"$@" ' + output, ''))
+            self.emit_until_end(service, process)
+            error = [line for line in process.stderr.read().splitlines()
+                     if not line.endswith(b'connected')]
+            self.assertEqual((1, '2>' not in output),
+                             (process.returncode, len(error)), error)
+
+    def test_terminal_that_went_is_an_error_of_one_line(self):
+        terminal, output = pty.openpty()
+        process = self.command(stdout=output)
+        self.wait_status(process, 'waiting for it')
+        os.close(output)
+        os.close(terminal)
         self.assertEqual(1, process.wait(base.PATIENCE))
-        error = process.stderr.read()
-        self.assertIn(b'No space left', error)
-        self.assertNotIn(b'Traceback', error)
+        self.assertEqual(1, process.stderr.read().count(b'\n'))
+
+    def test_errors_that_cannot_be_written_are_no_matter(self):
+        service = self.service()
+        for output in ('2>/dev/full', '2>&-'):
+            process = self.command('--count', '1',
+                                   by=('sh', '-c', '"$@" ' + output, ''))
+            self.emit_until_end(service, process)
+            self.assertEqual(0, process.returncode)
+            self.assertEqual(1, process.stdout.read().count(b'\n'))
+
+    def test_refusal_is_not_counted(self):
+        service = self.service(max_subscribers=1)
+        other = self.subscribe()
+        process = self.command('--count', '1')
+        self.wait_status(process, 'refused: sock_max_subscribers is 1')
+        self.assertIn(b'"notifications.refused"', process.stdout.readline())
+        other.close()
+        self.emit_until_end(service, process)
+        self.assertEqual(0, process.returncode)
+        self.assertIn(b'"number"', process.stdout.read().splitlines()[-1])
 
     def test_console_script(self):
         script = shutil.which('unix-notifier',

@@ -3593,15 +3593,56 @@ class CommandLineTest(base.BaseTestCase):
         self.assertEqual(
             'x  x  a\\nb\\u202e  x  req-1\\x1b[2J', text)
 
+    def test_text_is_cut_where_nobody_would_read_on(self):
+        text = unix_notifier._text(dict(message({}), event_type='x' * 9999))
+        self.assertLess(len(text), 300)
+
     def test_text_ends_with_the_id_that_says_most(self):
-        for payload, last in (
-                ({'id': 'i', 'request_id': 'r'}, 'r'),
-                ({'id': 'i', 'resource_info': 's'}, 's'),
-                ({'n_object.data': {'uuid': 'u'}, 'id': 'i'}, 'u'),
-                ({'n_object.data': None, 'id': 'i'}, 'i'),
-                ({'id': {}}, 'x'), ({}, 'x'), ('text', 'x'), (None, 'x')):
-            text = unix_notifier._text(dict(message(payload)))
-            self.assertEqual(last, text.split('  ')[-1])
+        ids = {'user_id': 'u', 'tenant_id': 't', 'project_id': 'p'}
+        for event_type, payload, last in (
+                ('x', {'id': 'i', 'request_id': 'r'}, 'r'),
+                ('x', {'id': 'i', 'resource_info': 's'}, 's'),
+                ('x', {'n_object.data': {'uuid': 'u'}, 'id': 'i'}, 'u'),
+                ('x', {'n_object.data': None, 'id': 'i'}, 'i'),
+                ('x', {'id': {}}, 'x'), ('x', {}, 'x'), ('x', ids, 'x'),
+                ('x', 'text', 'x'), ('x', None, 'x'), (None, {'id': 1}, '1'),
+                # nova
+                ('compute.instance.volume.attach',
+                 {'volume_id': 'v', 'instance_id': 'i'}, 'i'),
+                ('flavor.create', {'nova_object.data': {
+                    'flavorid': 'f', 'name': 'n'}}, 'f'),
+                ('keypair.create.start', {'nova_object.data': {
+                    'user_id': 'u', 'name': 'n', 'type': 'ssh'}}, 'n'),
+                ('keypair.create.start', {'key_name': 'n', **ids}, 'n'),
+                ('aggregate.create.end', {'name': 'n', 'aggregate_id': 7},
+                 '7'),
+                # cinder
+                ('volume.create.end', {
+                    'volume_id': 'v', 'snapshot_id': 's', **ids}, 'v'),
+                ('snapshot.delete.start', {
+                    'volume_id': 'v', 'snapshot_id': 's', **ids}, 's'),
+                ('volume_type.create', {'volume_types': {'id': 'y'}}, 'y'),
+                ('scheduler.create_volume', {**ids, 'volume_id': 'v'}, 'v'),
+                # neutron
+                ('network.create.end', {'network': {'id': 'n'}}, 'n'),
+                ('port.create.end', {'ports': [{'id': 'p'}, {}]}, 'p'),
+                ('port.create.end', {'ports': []}, 'x'),
+                ('subnet.delete.end', {'subnet_id': 's'}, 's'),
+                ('network.update.start', {'id': 'n', 'network': {}}, 'n'),
+                ('router.interface.create', {
+                    'router_interface': {'port_id': 'p', 'id': 'r'}}, 'r'),
+                # heat, manila, glance
+                ('orchestration.stack.create.end', {
+                    'user_identity': 'u', 'stack_identity': 's', **ids}, 's'),
+                ('orchestration.autoscaling.end', {
+                    'user_identity': 'u', 'stack_identity': 's', **ids}, 's'),
+                ('share.create.start', {
+                    'snapshot_id': None, 'share_id': 's', **ids}, 's'),
+                ('image.member.create', {
+                    'member_id': 'm', 'image_id': 'i'}, 'i')):
+            text = unix_notifier._text(dict(
+                message(payload), event_type=event_type))
+            self.assertEqual([last], text.split('  ')[4:] or ['x'], text)
 
     def test_text_of_a_loss_tells_how_many(self):
         text = unix_notifier._text(json.loads(

@@ -2723,9 +2723,33 @@ What happens to the connection, and losses, go to standard error. Exit status:
 it cannot write; 2 for wrong arguments; 128 and the number of the signal that
 ends it, which is 130 after Ctrl-C and 143 after SIGTERM."""
 
-# Where services put the id of the request, or else of the resource.
-_ID_KEYS = ('request_id', 'resource_info', 'resource_id', 'instance_id',
-            'image_id', 'uuid', 'id')
+# Who did it, which is not what it was done to.
+_OWNERS = ('user', 'tenant', 'project', 'domain')
+
+
+def _ids(payload, event_type):
+    """Where services put the id of the request or the resource, best first."""
+    yield from map(payload.get, ('request_id', 'resource_info', 'resource_id'))
+    words = event_type.split('.')
+    for thing in (*words, *map('_'.join, itertools.pairwise(words))):
+        part = payload.get(thing, payload.get(thing + 's'))
+        part = part[0] if isinstance(part, list) and part else part
+        if isinstance(part, dict):
+            yield part.get('id')
+        for suffix in ('_id', '_uuid', '_identity', 'id'):
+            yield payload.get(thing + suffix)
+    yield from map(payload.get, ('uuid', 'id'))
+    for suffixes in ('_id', '_uuid', '_identity'), ('name',):
+        for key in payload:
+            if key.endswith(suffixes) and not key.startswith(_OWNERS):
+                yield payload[key]
+
+
+def _printable(text, limit=200):
+    """On its line, and harmless to a terminal and a log, whatever it is."""
+    text = str(text)
+    text = text if len(text) <= limit else text[:limit] + '...'
+    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def _text(message):
@@ -2734,14 +2758,13 @@ def _text(message):
     inner = payload if isinstance(payload, dict) else {}
     inner = next((inner[key] for key in inner if key.endswith('_object.data')
                   and isinstance(inner[key], dict)), inner)
-    ids = [inner[key] for key in _ID_KEYS if isinstance(inner.get(key), str)]
+    ids = (each for each in _ids(inner, str(message.get('event_type')))
+           if each and isinstance(each, (str, int)))
     if message.get('event_type') in (_LOST, _REFUSED):
-        ids = [json.dumps(payload)]
+        ids = iter([json.dumps(payload)])
     fields = [message.get(key) for key in (
         'timestamp', 'priority', 'event_type', 'publisher_id')]
-    # On its line, and harmless to a terminal, whatever was emitted.
-    return ''.join(each if each.isprintable() else ascii(each)[1:-1]
-                   for each in '  '.join(map(str, fields + ids[:1])))
+    return '  '.join(map(_printable, (*fields, *itertools.islice(ids, 1))))
 
 
 def _arguments(argv):

@@ -50,9 +50,8 @@ same, so this is an equation. It is weaker where nothing more is promised:
   handler), left by os._exit, or took 0.1 s and more to leave: on the left
   side, what comes after its last number that was received is not missing.
 - When the leader is killed, it takes along what it had taken from others.
-  Who has connected, and was not yet accepted, is not told by the end of the
-  stream: the base is set anew, once the leader has been reaped. What is
-  emitted then is owed again, though most have not noticed yet.
+  The connections of all who have connected by then end, also of those who
+  were not yet accepted; nothing is weakened for who goes on.
 - When the directory, or lock and socket at once, were removed, a process
   that starts has no way to tell that there is a leader. Until all have found
   to each other there may be two of them, or no way to reach the one. The
@@ -118,15 +117,15 @@ READ = 1
 ACTIONS = {
     'join': 3, 'join_by_program': 2, 'part': 2, 'stall': 4, 'half_close': 2,
     'kill_program': 2, 'knock': 1, 'talk': 1, 'rush': 2,
-    'kill_leader': 3, 'kill_leader_flat_out': 2,
+    'kill_leader': 3, 'kill_leader_awaited': 3, 'kill_leader_flat_out': 2,
     'leave_leader': 2, 'stop_leader': 3,
     'kill_follower': 2, 'leave_follower': 2, 'stop_follower': 2,
     'fork': 6, 'fork_to_stay': 2,
     'remove_socket': 1, 'remove_relay': 1, 'remove_lock': 1,
     'remove_all': 1, 'remove_directory': 1,
 }
-ROUGH = {'kill_leader', 'kill_leader_flat_out', 'leave_leader', 'remove_all',
-         'remove_directory'}
+ROUGH = {'kill_leader', 'kill_leader_awaited', 'kill_leader_flat_out',
+         'leave_leader', 'remove_all', 'remove_directory'}
 
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -180,6 +179,9 @@ class Ledger(base.Account):
         slot = int(source)
         if number <= self.last.get(slot, 0):
             raise ValueError('comes after number %d' % self.last[slot])
+        # The first is owed as well, and so is what comes before it.
+        self._sources.setdefault(
+            source, (min(at(self.base, slot), number - 1), self.before))
         super()._follow(source, number)
         self.last[slot] = number
         heard = self.heard.setdefault(slot, [number, number - 1, []])
@@ -330,6 +332,17 @@ class Reader:
         if self.let_end() and program is not None:
             program.kill()
 
+    def renew(self):
+        """Connect anew, and wait for that."""
+        before = self.connects
+
+        def renewed():
+            if self.connects > before:
+                return self.ledger
+            self._disconnect()
+
+        base.wait_until(renewed, '%s is connected anew' % self)
+
     def half_close(self):
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
@@ -340,14 +353,16 @@ class Reader:
             if self.let_end():
                 self.sock.send(bytes(70000), socket.MSG_DONTWAIT)
 
-    def close(self):
-        self.closing = True
-        self.let_end()
+    def _disconnect(self):
         self.kill()
         self.reading.set()
         if self.sock is not None and not self.by_program:
             with contextlib.suppress(OSError):
                 self.sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self):
+        self.closing = True
+        self._disconnect()
         self.thread.join(base.PATIENCE)
 
 
@@ -508,8 +523,6 @@ class Soak:
             self.done['processes whose last words were not owed'] += 1
         else:
             self.done['processes whose last words were owed'] += 1
-        if leads and abrupt:
-            self.owe_from_now()
 
     def _send_off(self, process, how, last):
         child = process.child
@@ -703,6 +716,25 @@ class Soak:
 
     def do_kill_follower(self, choose):
         return self.do_kill_leader(choose, leads=False)
+
+    def do_kill_leader_awaited(self, choose):
+        """Somebody connects, and others emit, amid the end of the leader.
+
+        It is stopped first. So who connects is not accepted, and what is
+        emitted then reaches it, and nobody else.
+        """
+        victim = self._victim(choose, leads=True)
+        slots = [slot for each in self.awake() if each is not victim
+                 for slot in each.slots]
+        if victim is None or not slots or not os.path.exists(self.path):
+            return None
+        base.stop(victim.pid)
+        reader = choose.choice(self.readers)
+        reader.renew()
+        before = self.began()
+        self.wait(lambda: all(now[slot] > before[slot] + 2 for now in [
+            self.began()] for slot in slots), 'all others emit', HEAL)
+        return '%s; %s waited' % (self._kill(victim, choose), reader)
 
     def do_kill_leader_flat_out(self, choose):
         """Its followers have much on its way, and much that is lost."""

@@ -29,11 +29,13 @@ from testtools import content
 import base
 import soak
 
-# soak.py with another program for its processes, which comes first.
+# soak.py with another program for its processes, which comes first, and
+# without some of the actions.
 SOAK = """
 import sys
 import soak
 soak.SOAK_PUBLISHER = sys.argv.pop(1)
+soak.ACTIONS = dict.fromkeys(sys.argv.pop(1).split(), 1) or soak.ACTIONS
 sys.exit(soak.main())
 """
 # Such a program: every hundredth notify() does more than it should, or less.
@@ -72,11 +74,11 @@ class SoakTest(test_base.BaseTestCase):
 
     DEFAULT_TIMEOUT = 90
 
-    def _soak(self, program=soak.SOAK_PUBLISHER):
+    def _soak(self, program=soak.SOAK_PUBLISHER, actions=''):
         """One settlement at the start, and one of each kind."""
         done = subprocess.run(
-            [sys.executable, '-c', SOAK, program, '--seconds', '1',
-             '--seed', '1'],
+            [sys.executable, '-c', SOAK, program, actions,
+             '--seconds', '1', '--seed', '1'],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             timeout=80, env=dict(os.environ, PYTHONPATH=os.pathsep.join([
                 os.path.dirname(soak.__file__),
@@ -89,17 +91,23 @@ class SoakTest(test_base.BaseTestCase):
         self.assertEqual(0, done.returncode)
         self.assertEqual(3, done.stdout.count('settled:'))
 
-    def _assert_found(self, fault, complaint):
+    def _assert_found(self, fault, complaint, actions=''):
         program = os.path.join(self.useFixture(fixtures.TempDir()).path,
                                'broken.py')
         with open(program, 'w') as file:
             file.write(BROKEN % fault)
-        done = self._soak(program)
+        done = self._soak(program, actions)
         self.assertEqual(1, done.returncode)
         self.assertRegex(done.stdout, 'VIOLATED .*' + complaint)
 
     def test_silent_loss_is_found(self):
         self._assert_found('pass', 'reported lost')
+
+    def test_silent_loss_with_the_leader_is_found(self):
+        self._assert_found(
+            'unix_notifier._RelayHub._let_go = lambda *_: None\n'
+            '            notify(*arguments)', 'reported lost',
+            'rush kill_leader_awaited')
 
     def test_nonsense_is_found(self):
         self._assert_found('arguments[0]._hub._queue.append(b"{\\n")',
@@ -169,6 +177,10 @@ class LedgerTest(test_base.BaseTestCase):
 
     def test_lost_in_silence_in_between(self):
         self._feed((1, 1), (1, 3))
+        self.assertEqual(1, len(self.ledger.problems))
+
+    def test_lost_in_silence_at_the_beginning(self):
+        self._feed((1, 2))
         self.assertEqual(1, len(self.ledger.problems))
 
     def test_left_out_before_connect(self):

@@ -408,6 +408,24 @@ class ReprRaises:
         raise RuntimeError
 
 
+class Shown:
+    """Its repr is the text."""
+
+    def __init__(self, text):
+        self.text = text
+
+    def __repr__(self):
+        return self.text
+
+
+class Net(netaddr.IPNetwork):
+    """As neutron derives some."""
+
+
+class MAC(netaddr.EUI):
+    """As neutron derives some."""
+
+
 class ItemsRaise(dict):
 
     def items(self):
@@ -476,12 +494,18 @@ class EncodeTest(TestCase):
             payload = self.payload(dict(secret, x=extra), mask=True)
             self.assertEqual({'password': '***', 'user': 'me'},
                              payload['auth'])
+        self.assertEqual([{'password': '***'}, "{'password': '***'}"],
+                         self.payload([{b'password': 'hunter2'},
+                                       Shown("{'password': 'hunter2'}")],
+                                      mask=True))
 
     def test_what_json_cannot_take_becomes_something_it_can(self):
         nan, inf = float('nan'), float('inf')
         cycle, ring, user = {}, [], collections.UserDict()
         cycle['a'], user['a'] = cycle, user
         ring.append(ring)
+        bad = ReprRaises()
+        bad_text = '<ReprRaises instance at %#x>' % id(bad)
         thing, lock, now = object(), threading.Lock(), datetime.datetime.now()
         number = uuid.uuid4()
         for value, expected in (
@@ -495,27 +519,63 @@ class EncodeTest(TestCase):
                 (types.MappingProxyType({'a': nan}), {'a': None}),
                 (now, jsonutils.to_primitive(now)),
                 (now.date(), jsonutils.to_primitive(now.date())),
-                (netaddr.IPNetwork('10.0.0.0/30'), '10.0.0.0/30'),
+                (netaddr.IPNetwork('10.0.0.0/8'), '10.0.0.0/8'),
+                ([Net('fe80::/64'), nan], ['fe80::/64', None]),
+                ({Net('10.0.0.0/8'): MAC('fa:16:3e:00:00:01')},
+                 {'10.0.0.0/8': 'FA-16-3E-00-00-01'}),
+                (range(10 ** 12), 'range(0, 1000000000000)'),
                 (number, str(number)), ({number: 1}, {str(number): 1}),
                 (decimal.Decimal('NaN'), 'NaN'),
                 (ValueError('bad'), "ValueError('bad')"),
+                (OSError(2, 'no'), "FileNotFoundError(2, 'no')"),
+                (netaddr.AddrFormatError(), 'AddrFormatError()'),
                 (b'text \xc3\xa9', 'text \u00e9'), (b'\xff', "b'\\xff'"),
                 ({b'a': 1, b'\xff': 2}, {'a': 1, "b'\\xff'": 2}),
                 (thing, repr(thing)), (lock, repr(lock)), (1j, '1j'),
                 ({thing: lock}, {repr(thing): repr(lock)}),
-                ('\ud800', '\ud800'), ({'\udfff': nan}, {'\udfff': None}),
-                (cycle, {'a': "{'a': {...}}"}), (ring, ['[[...]]']),
-                (user, {'a': "{'a': {...}}"}),
+                (cycle, {'a': '...'}), (ring, ['...']), (user, {'a': '...'}),
                 ({(1, 2): 'a', frozenset([3]): nan},
                  {'(1, 2)': 'a', 'frozenset({3})': None}),
                 ({nan: 1}, {'null': 1}), ({None: 1, True: nan, 1.5: 3},
                                           {'null': 1, 'true': None, '1.5': 3}),
                 (10 ** 400, 10 ** 400), ([10 ** 5000, 1], ['<no repr>', 1]),
-                ({'a': ReprRaises(), 'b': 1}, {'a': '<no repr>', 'b': 1}),
-                ([ReprRaises(), nan], ['<no repr>', None]),
+                ({'a': bad, 'b': 1}, {'a': bad_text, 'b': 1}),
+                ([bad, nan], [bad_text, None]), ({bad: nan}, {bad_text: None}),
                 ([ItemsRaise(a=1), 2], ["{'a': 1}", 2])):
             self.assertEqual(expected, self.payload(value))
             self.payload(value, mask=True)  # which makes copies of its own
+
+    def test_lone_surrogates_are_replaced_and_nothing_else_is(self):
+        for text, expected in (
+                ('\ud83d', '\ufffd'), ('\udfff\ud800', '\ufffd\ufffd'),
+                ('\ud83d\U0001f600\ude00', '\ufffd\U0001f600\ufffd'),
+                ('\\\ude00', '\\\ufffd'), ('"\ud83dude00', '"\ufffdude00'),
+                ('\\ud83d\ude00', '\\ud83d\ufffd'),
+                ('\ud83d\\ude00', '\ufffd\\ude00'),
+                *[(each, each) for each in (
+                    '\\ud83d', '\\\\ude00', '\\\U0001f600', '\U0010ffff',
+                    '\ud7ff\ue000', '\\ud83d\U0001f600')]):
+            for mask in (False, True):
+                self.assertEqual({expected: [expected]},
+                                 self.payload({text: [text]}, mask))
+            self.assertEqual({expected: None},
+                             self.payload({text: float('nan')}))
+
+    def test_what_has_no_end_is_cut(self):
+        class Inventory:
+            def items(self):
+                return zip(itertools.count(), itertools.count())
+
+        # Not one path through it is long, but there are 10 ** 32.
+        ring = [{} for _ in range(30)]
+        for each in ring:
+            each.update(enumerate(ring))
+        for value in (ring, ring[0], ValueError(ring), Inventory(),
+                      collections.UserList(ring)):
+            for mask in (False, True):
+                self.assertIn('...', str(self.payload(value, mask))
+                              .replace('Inventory object at', '...'))
+        self.assertIn('Inventory object at', self.payload(Inventory()))
 
     def test_depth_has_an_end(self):
         for depth in (900, 10000):

@@ -18,11 +18,14 @@ or not in its place, and a backlog that outgrows its bound. hypothesis makes
 up the histories, the same ones in each run.
 """
 
+import collections
 import json
 
 import hypothesis
 from hypothesis import stateful
 from hypothesis import strategies
+import netaddr
+from oslo_serialization import jsonutils
 from oslotest import base
 
 import unix_notifier
@@ -233,29 +236,71 @@ class LineBufferTest(base.BaseTestCase):
         check()
 
 
+class Endless:
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        raise AssertionError('it was asked')
+
+
+def tangled(values):
+    """A list that holds itself, and twice what the values are in."""
+    inner = {'values': values}
+    inner['again'] = [inner, values]
+    return [inner, inner]
+
+
 class EncodeTest(base.BaseTestCase):
 
     def test_whatever_is_emitted_is_one_line_of_strict_json(self):
+        # Half surrogate pairs, and text that looks like one, included.
+        text = strategies.text(
+            strategies.characters() | strategies.sampled_from(
+                '\ud83d\ude00\U0001f600\ud7a3\\ud8c'), max_size=9)
         plain = (strategies.none() | strategies.booleans()
-                 | strategies.integers() | strategies.floats()
-                 | strategies.text() | strategies.binary(max_size=20)
+                 | strategies.integers() | strategies.floats() | text
+                 | strategies.binary(max_size=20)
                  | strategies.datetimes() | strategies.uuids()
-                 | strategies.complex_numbers())
+                 | strategies.complex_numbers() | text.map(ValueError)
+                 | strategies.ip_addresses().map(str).map(netaddr.IPNetwork)
+                 | strategies.builds(Endless))
         payloads = strategies.recursive(plain, lambda inner: (
             strategies.lists(inner, max_size=5)
             | strategies.dictionaries(
-                plain.filter(lambda each: each is not None), inner,
-                max_size=5)), max_leaves=20)
+                plain.filter(lambda each: each is not None)
+                | strategies.tuples(text), inner, max_size=5)
+            | strategies.lists(inner, max_size=3).map(tangled)
+            | strategies.lists(plain, max_size=3).map(collections.UserList)
+            | strategies.frozensets(plain, max_size=3)), max_leaves=20)
 
         def refuse(constant):
-            raise AssertionError(constant)
+            raise ValueError(constant)
 
-        @hypothesis.settings(SETTINGS, max_examples=500)
+        def parse(line):
+            message = json.loads(line, parse_constant=refuse)
+            json.dumps(message, ensure_ascii=False).encode()
+            return message
+
+        @hypothesis.settings(SETTINGS, max_examples=1000)
         @hypothesis.given(payloads)
         def check(payload):
-            line = unix_notifier._encode({'payload': payload})
-            self.assertTrue(line.isascii())
-            self.assertEqual(len(line) - 1, line.index(b'\n'))
-            json.loads(line, parse_constant=refuse)
+            message = {'event_type': 'x', 'payload': payload}
+            for mask in (False, True):
+                line = unix_notifier._encode(message, mask)
+                self.assertTrue(line.isascii())
+                self.assertEqual(len(line) - 1, line.index(b'\n'))
+                self.assertEqual({'event_type', 'payload'}, set(parse(line)))
+            # Nothing here is a secret, and nobody's iterator was asked.
+            self.assertEqual(parse(line),
+                             parse(unix_notifier._encode(message)))
+            try:
+                log = jsonutils.dumps(message)
+                parse(log)
+            except (ValueError, TypeError, AssertionError):
+                return      # it prints nothing that is strict JSON
+            self.assertEqual(log.encode() + b'\n',
+                             unix_notifier._encode(message))
 
         check()

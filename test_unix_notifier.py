@@ -684,6 +684,9 @@ class OptionsTest(TestCase):
                 ('sock_path', '/run/<service>/s', ('<service>', '$option')),
                 ('sock_path', '/run/%(user)s', ('%(user)s', '$option')),
                 ('sock_path', '/run/{user}', ('{user}', '$option')),
+                ('sock_path', '/run/$nobody/s', ('nobody',)),
+                ('sock_path', '/run/$no.group/s', ('no such group',)),
+                ('sock_group', '$nobody', ('nobody',)),
                 ('sock_mode', '0999', ('0999', 'octal', '0777')),
                 ('sock_mode', 'rw', ("'rw'", 'octal', '0777')),
                 ('sock_mode', '-1', ('-1', '0000')),
@@ -2421,10 +2424,34 @@ class DriverTest(TestCase):
         self.assertLogged('MainThread', 0)
         self.assertEqual({}, unix_notifier._hubs)
 
-    def test_bad_global_conf_does_no_harm_without_threads(self):
+    def test_bad_global_conf_is_logged_once_there_are_threads(self):
         self.configure_globally('relative')
+        driver = unix_notifier.UnixDriver()
         with fixtures.MonkeyPatch('threading.Thread.start', none_left):
-            self.notify(unix_notifier.UnixDriver())
+            self.notify(driver)
+        self.assertLogged("'relative'", 0)
+        self.notify(driver)
+        wait_until(lambda: self.log.output)
+        self.assertLogged("'relative'")
+
+    def test_first_notify_out_of_stack_does_not_count(self):
+        self.conf.register_opt(cfg.StrOpt('state', default=self.dir))
+        self.configure_globally('$state/s')
+        drivers = []
+
+        def prepare():
+            drivers.append(unix_notifier.UnixDriver())
+            return functools.partial(drivers[-1].notify, {}, numbered(0),
+                                     'INFO', None)
+
+        refused = list(self.at_every_depth(prepare)).count(False)
+        self.assertIn(refused, (1, 1 + bool(sys.gettrace())))
+        self.await_service()
+        client = self.connect()
+        for number, driver in enumerate(drivers):
+            self.notify(driver, {'n': number})
+        self.assertEqual(len(drivers), account(client.wait(len(drivers))))
+        self.assertLogged('No notifications', 0)
 
     def test_drivers_of_a_path_share_one_hub(self):
         drivers = [self.serve() for _ in range(5)]
@@ -2479,28 +2506,34 @@ class DriverTest(TestCase):
         self.assertEqual(3, account(client.wait(3)))
         self.assertEqual([1], lost(client.messages))
 
-    def test_out_of_stack_it_is_counted_and_the_loop_is_woken(self):
-        driver, client = self.serve(), self.connect()
-
-        def at(depth, message):
+    def at_every_depth(self, prepare):
+        """Call what it prepares ever deeper; whether there was room."""
+        def at(depth, function):
             if depth:
-                return at(depth - 1, message)
+                return at(depth - 1, function)
             try:
-                driver.notify({}, message, 'INFO', None)
+                function()
             except RecursionError:
                 return False
             return True
 
-        depth = emitted = refused = 0
+        depth = 0
         while True:
-            message = numbered(emitted)     # out here, where there is room
+            function = prepare()    # out here, where there is room
             try:
-                taken = at(depth, message)
+                taken = at(depth, function)
             except RecursionError:
-                break       # no room for at() itself
+                return      # no room for at() itself
+            yield taken
+            depth += 1 if depth > sys.getrecursionlimit() - 200 else 50
+
+    def test_out_of_stack_it_is_counted_and_the_loop_is_woken(self):
+        driver, client = self.serve(), self.connect()
+        emitted = refused = 0
+        for taken in self.at_every_depth(lambda: functools.partial(
+                driver.notify, {}, numbered(emitted), 'INFO', None)):
             emitted, refused = emitted + taken, refused + (not taken)
             wait_until(lambda: driver._hub._asleep)
-            depth += 1 if depth > sys.getrecursionlimit() - 200 else 50
         # There was no room for notify(), nor for who traces it.
         self.assertIn(refused, (1, 1 + bool(sys.gettrace())))
         self.notify(driver, {'n': emitted})

@@ -431,19 +431,20 @@ def _at_least(limit):
 
 def _read_settings(conf):
     """Read and check the options; a ValueError names one and its limit."""
-    def read(name, parse):
-        value = conf[_GROUP][name]  # its type, too, raises ValueError
+    group = conf[_GROUP]    # hides what goes wrong: out here, no option is it
+
+    def read(name, parse=lambda value: value):
         try:
-            return parse(value)
-        except ValueError as error:
+            return parse(group[name])
+        except (ValueError, cfg.Error) as error:    # type, $option
             raise ValueError('Option %s of [%s]: %s' % (name, _GROUP, error))
 
     return _Settings(read('sock_path', _parse_path),
                      read('sock_mode', _parse_mode),
-                     conf[_GROUP].sock_group or None,
+                     read('sock_group') or None,
                      read('sock_max_subscribers', _at_least(1)),
                      read('sock_buffer_size', _at_least(64 * 1024)),
-                     conf[_GROUP].sock_mask_secrets)
+                     read('sock_mask_secrets'))
 
 
 # -- the lock and the socket file -------------------------------------------
@@ -1737,12 +1738,15 @@ class UnixDriver(notifier.Driver):
         :param priority: not used; the message has it
         :param retry: not used
         """
-        hub = self._hub or self._late_hub()
-        if hub is None:
-            return
+        hub = self._hub
         try:
-            hub.emit(message)
+            if hub is None:
+                hub = self._late_hub()
+            if hub is not None:
+                hub.emit(message)
         except Exception:   # out of memory, say: lost, and accounted for
+            if hub is None:
+                return
             try:
                 hub.drop()
             except Exception:   # out of stack: it has not even begun
@@ -1752,18 +1756,18 @@ class UnixDriver(notifier.Driver):
         """The hub at the first call, if there was no conf; None if invalid.
 
         There is nobody to raise an error to, and notify() must not log: a
-        thread does. Without one to be had, the process exits, most likely.
+        thread does. Without one to be had, or out of stack, there is another
+        try at the next call.
         """
         with _hubs_lock:
             if self._hub is None and not self._failed:
                 try:
                     self._configure(cfg.CONF)
-                except Exception as error:
+                except ValueError as error:     # of an option
+                    threading.Thread(target=LOG.error, daemon=True, args=(
+                        'No notifications are published: %s', str(error)
+                        )).start()
                     self._failed = True
-                    with contextlib.suppress(RuntimeError):
-                        threading.Thread(target=LOG.error, daemon=True, args=(
-                            'No notifications are published: %s', str(error)
-                            )).start()
             return self._hub
 
 

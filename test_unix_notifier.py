@@ -3487,12 +3487,92 @@ class ListenerTest(ConsumerTestCase):
             delays.append(incoming.delay)
         self.assertEqual([1, 2, 4, 8, 16, 30, 30], delays)
 
-    def test_requeued_messages_count_as_unsettled(self):
+    def test_requeued_messages_make_room_for_others(self):
+        listener = self.listener()
+        self.send(*range(250))
+        for number in range(250):
+            incoming, = listener.poll()
+            self.assertEqual([number], self.numbers([incoming]))
+            incoming.requeue()
+
+    def test_requeued_message_returns_in_a_batch_of_its_own(self):
+        """Else it has the others of its batch fail with it for ever."""
+        self.patch('_REQUEUE_FIRST', 0.01)
+        listener = self.listener(10)
+        self.send(0, 1)
+        for each in listener.poll(batch_size=10, batch_timeout=0.01):
+            each.requeue()
+        time.sleep(0.02)
+        self.send(2)
+        self.assertEqual([[0], [1], [2]], [self.numbers(listener.poll(
+            batch_size=10, batch_timeout=0.01)) for _ in range(3)])
+        self.send(3)
+        batch = listener.poll(batch_size=10, batch_timeout=0.01)
+        batch[0].requeue()
+        threading.Timer(0.005, self.send, (4,)).start()
+        self.assertEqual([[4], [3]], [self.numbers(listener.poll(
+            batch_size=10, batch_timeout=WAIT)) for _ in range(2)])
+
+    def test_what_is_handed_out_is_bounded_in_bytes_too(self):
+        self.patch('_HELD_MAX', 10 * 1024)
+        listener = self.listener(20)
+        self.send(*range(20))
+        self.assertEqual(list(range(10)), self.numbers(batch := listener.poll(
+            batch_size=20)))
+        self.assertEqual([], listener.poll(timeout=0.01))
+        batch[0].acknowledge()
+        self.assertEqual([10], self.numbers(listener.poll()))
+
+    def test_requeued_messages_that_do_not_fit_are_told_lost(self):
+        """The account holds, also when the records are requeued."""
+        self.patch('_HELD_MAX', 20 * 1024)
+        self.patch('_REQUEUE_FIRST', 0.001)
+        self.patch('_REQUEUE_MAX', 0.02)
+        self.patch('_CHECK_INTERVAL', 0.01)
+        listener = self.listener()
+        self.send(*range(500))
+        number = 0
+        while number != 499:
+            incoming, = listener.poll(timeout=WAIT)
+            number = incoming.message['payload'].get('n')
+            incoming.requeue()
+        handled = told = 0
+        while batch := listener.poll(timeout=0.1):
+            lost = batch[0].message['payload'].get('lost', 0)
+            told += lost
+            handled += not lost
+            batch[0].acknowledge()
+        self.assertEqual(500, handled + told)
+        self.assertLess(handled, 21)
+        self.assertIn('gave up on x x, requeued', self.log.output)
+
+    def test_what_is_requeued_again_and_again_is_named(self):
+        self.patch('_REQUEUE_FIRST', 0.001)
+        listener = self.listener()
+        self.send(0)
+        for _ in range(10):
+            listener.poll()[0].requeue()
+        self.assertEqual(1, self.logged('stuck: x x, requeued 3 times in'))
+        self.assertEqual(1, self.logged('stuck'))
+        listener._tell_at = 0
+        listener.poll()[0].acknowledge()
+        self.assertEqual(1, self.logged('stuck: x x, requeued 10 times in'))
+        listener.poll(timeout=0.01)
+        self.assertEqual(2, self.logged('stuck'))
+
+    def test_what_is_never_settled_is_named(self):
+        self.patch('_STUCK_FIRST', 0.2)
         listener = self.listener()
         self.send(*range(101))
         for _ in range(100):
-            listener.poll()[0].requeue()
-        self.assertEqual([], listener.poll(timeout=0.01))
+            listener.poll()
+        self.assertEqual([], listener.poll(timeout=0.05))
+        self.assertEqual(0, self.logged('stuck'))
+        begin = time.thread_time()
+        self.assertEqual([], listener.poll(timeout=0.3))
+        self.assertLess(time.thread_time() - begin, 0.1)
+        self.assertEqual(1, self.logged(
+            'stuck: x x, requeued 0 times in 0 s; 100 handed out'))
 
     def test_stop_ends_poll_which_gives_what_it_holds(self):
         for _ in range(100):        # before, in, or after the wait

@@ -61,7 +61,6 @@ import errno
 import fcntl
 import functools
 import grp
-import heapq
 import itertools
 import json
 import logging
@@ -2342,12 +2341,20 @@ _REFUSED = 'notifications.refused'
 _DECODER = json.JSONDecoder()
 
 # Messages that a listener has handed out and that are neither acknowledged
-# nor requeued for good. Upstream's server would take them without a bound.
+# nor requeued. Upstream's server would take them without a bound.
 _UNSETTLED_MAX = 100
+
+# Bytes of the lines, each as a KiB at least, of which messages are handed
+# out; and as many of those that were requeued and wait.
+_HELD_MAX = 8 * 1024 * 1024
 
 # Seconds after which a requeued message returns: doubling, from and up to.
 _REQUEUE_FIRST = 1
 _REQUEUE_MAX = 30
+
+# Seconds without progress after which the log says so: doubling, as above.
+_STUCK_FIRST = 10
+_STUCK_MAX = 3600
 
 # Only the transport derives from it; without it, only that one is lost.
 _base = importutils.try_import(
@@ -2509,32 +2516,37 @@ class _Subscription(abc.Iterator):
                           line[:80])
             return None
         if message.get('event_type') in (_LOST, _REFUSED):
-            self._note(message['event_type'], message.get('payload'))
+            self.note(message['event_type'], message.get('payload'))
         return message
 
-    def _note(self, event_type, payload):
+    def note(self, event_type, payload):
         """Log a control record; losses at most once a second, with the sum."""
         payload = payload if isinstance(payload, dict) else {}
         if event_type == _REFUSED:
             self.say_once(logging.WARNING, 'refused: %s',
                           payload.get('reason'))
             return
-        lost = payload.get('lost')
-        self._lost += lost if isinstance(lost, int) else 0
+        self._lost += _lost_by(payload)
         now = time.monotonic()
         if now - self._lost_told > _CHECK_INTERVAL:
             self._lost_told = now
-            self._say(logging.WARNING, '%d notifications were lost since it '
-                      'began: %s', self._lost, payload.get('reason'))
+            self.say(logging.WARNING, '%d notifications were lost since it '
+                     'began: %s', self._lost, payload.get('reason'))
 
     def say_once(self, level, text, *args):
         """Once, until a connection has lasted."""
         if text not in self._told:
             self._told.add(text)
-            self._say(level, text, *args)
+            self.say(level, text, *args)
 
-    def _say(self, level, text, *args):
+    def say(self, level, text, *args):
         LOG.log(level, 'Notifications from %s: ' + text, self.path, *args)
+
+
+def _lost_by(payload):
+    """How many notifications a record says were lost, if that can be."""
+    lost = payload.get('lost') if isinstance(payload, dict) else None
+    return lost if type(lost) is int and 0 < lost < 10 ** 18 else 0
 
 
 def subscribe(path, *, reconnect=True):
@@ -2588,15 +2600,25 @@ class _NoContext(dict):
 class _Incoming(_base.IncomingMessage):
     """A message that was handed out, until it is settled by any thread."""
 
-    def __init__(self, listener, message):
+    def __init__(self, listener, message, size=0):
         super().__init__(_NoContext(), message, message.get('message_id'))
         self._listener = listener
+        self.size = max(size, 1024)
+        self.since = time.monotonic()
+        self.requeues = 0
         self.delay = 0      # seconds that it was last put off
+
+    def __str__(self):
+        return '%s %s, requeued %d times in %d s' % (
+            _printable(self.message.get('event_type')),
+            _printable(self.msg_id), self.requeues,
+            time.monotonic() - self.since)
 
     def acknowledge(self):
         self._listener.settle(self)
 
     def requeue(self):
+        self.requeues += 1
         self.delay = min(max(2 * self.delay, _REQUEUE_FIRST), _REQUEUE_MAX)
         self._listener.put_off(self)
 
@@ -2612,21 +2634,39 @@ class _Listener(_base.PollStyleListener):
         self._limit = max(_UNSETTLED_MAX, batch_size or 0)
         self._subscription = _Subscription(path)
         self._lock = threading.Lock()   # guards what follows
-        self._unsettled = set()     # handed out, or put off
-        self._put_off = []      # of those, a heap of (when, its id, incoming)
+        self._unsettled = {}    # handed out, the first first; its keys
+        self._unsettled_size = 0
+        # By delay, what was requeued: (when it is due, it), the first first.
+        self._put_off = collections.defaultdict(collections.deque)
+        self._put_off_size = 0
+        self._is_new = True     # whether what came last was: by turns
+        self._record = None     # of what was given up, while it waits there
+        self._record_at = -math.inf     # when the last was due
+        self._worst = None      # of what was requeued again and again
+        self._moved = 0         # when any was last handed out, or settled
+        self._tell_at = 0       # when to say again what is stuck
+        self._tell_pause = _STUCK_FIRST
 
     # Any thread. First the change, then the waking: poll() looks at what may
     # have changed after it has taken note that it was woken.
 
     def settle(self, incoming):
         with self._lock:
-            self._unsettled.discard(incoming)
+            self._take_back(incoming)
+            if incoming is self._worst:
+                self._worst = None
         self._subscription.wake()
 
     def put_off(self, incoming):
         with self._lock:
-            heapq.heappush(self._put_off, (
-                _deadline(incoming.delay), id(incoming), incoming))
+            self._take_back(incoming)
+            self._wait_for(_deadline(incoming.delay), incoming)
+            if incoming.requeues > 2 and (
+                    self._worst is None
+                    or incoming.requeues >= self._worst.requeues):
+                self._worst = incoming
+            while self._put_off_size > _HELD_MAX:
+                self._give_up()
         self._subscription.wake()
         if self._subscription.closed:
             self.stop()
@@ -2638,7 +2678,9 @@ class _Listener(_base.PollStyleListener):
         """
         self._subscription.close()
         with self._lock:
-            dropped, self._put_off = len(self._put_off), []
+            dropped = sum(map(len, self._put_off.values()))
+            self._put_off.clear()
+            self._put_off_size = 0
         if dropped:
             self._subscription.say_once(
                 logging.WARNING, 'the listener stops; what was requeued (%d) '
@@ -2646,19 +2688,63 @@ class _Listener(_base.PollStyleListener):
 
     cleanup = stop
 
+    # Whoever holds the lock.
+
+    def _take_back(self, incoming):
+        self._moved = time.monotonic()
+        if self._unsettled.pop(incoming, False):
+            self._unsettled_size -= incoming.size
+
+    def _hand_out(self, incoming):
+        self._moved = time.monotonic()
+        self._unsettled[incoming] = True
+        self._unsettled_size += incoming.size
+        return incoming
+
+    def _wait_for(self, when, incoming):
+        self._put_off[incoming.delay].append((when, incoming))
+        self._put_off_size += incoming.size
+
+    def _give_up(self):
+        """Drop what was put off for longest, and have a record tell of it.
+
+        That waits its turn as well, a second after the last at least, for
+        who is told may requeue it, too.
+        """
+        delay = max(each for each in self._put_off if self._put_off[each])
+        incoming = self._put_off[delay].popleft()[1]
+        self._put_off_size -= incoming.size
+        lost = 1
+        if incoming.message.get('event_type') == _LOST:
+            lost = _lost_by(incoming.message.get('payload'))
+        if self._record is None:
+            self._record_at = max(time.monotonic(),
+                                  self._record_at + _CHECK_INTERVAL)
+            self._record = _Incoming(self, json.loads(_lost_record(0, '')))
+            self._wait_for(self._record_at, self._record)
+        self._record.message['payload'] = {
+            'lost': self._record.message['payload']['lost'] + lost,
+            'reason': 'the listener gave up on %s' % incoming}
+
     # The thread that polls.
 
     def poll(self, timeout=None, batch_size=1, batch_timeout=None):
-        """See PollStyleListener. Without batch_size: whatever has come."""
+        """See PollStyleListener. Without batch_size: whatever has come.
+
+        What was requeued returns alone: not for ever in one batch with what
+        has it fail.
+        """
         if batch_size is None and batch_timeout is None:
             batch_timeout = 0
         batch, deadline = [], _deadline(timeout)
         try:
             while len(batch) < (batch_size or self._limit):
-                incoming = self._next(deadline)
+                incoming = self._next(deadline, batch)
                 if incoming is None:
                     break
                 batch.append(incoming)
+                if incoming.requeues:
+                    break
                 if len(batch) == 1 and batch_timeout is not None:
                     deadline = _deadline(batch_timeout)
         except ValueError as error:     # the line is too long; it reconnects
@@ -2668,23 +2754,69 @@ class _Listener(_base.PollStyleListener):
             time.sleep(_Backoff.MAX)
         return batch
 
-    def _next(self, deadline):
-        """What to hand out next, or None: it is too late, or stopped."""
+    def _next(self, deadline, batch):
+        """What to hand out next, or None: too late, stopped, a batch ends."""
         while True:
             with self._lock:
-                full = len(self._unsettled) >= self._limit
-                due = self._put_off[0][0] if self._put_off else math.inf
-                if due <= time.monotonic():
-                    return heapq.heappop(self._put_off)[-1]
-            message = self._subscription.take(min(deadline, due), paused=full)
+                full = (len(self._unsettled) >= self._limit
+                        or self._unsettled_size >= _HELD_MAX)
+                if full and len(self._unsettled) == len(batch):
+                    return None     # nobody else could make room
+                until, queue = self._first_due()
+                if until <= time.monotonic() and not full:
+                    if batch:
+                        return None
+                    if self._is_new:
+                        return self._return(queue)
+            if full:
+                until = max(self._moved + _STUCK_FIRST, self._tell_at)
+            self._complain(full)
+            message = self._subscription.take(min(deadline, until),
+                                              paused=full)
+            self._is_new = True     # or there was none
             if message is None:
                 if self._subscription.closed or time.monotonic() >= deadline:
                     return None
             elif self._is_wanted(message):
-                incoming = _Incoming(self, message)
                 with self._lock:
-                    self._unsettled.add(incoming)
-                return incoming
+                    return self._hand_out(_Incoming(
+                        self, message, len(self._subscription.line)))
+
+    def _first_due(self):
+        """Of what was put off: when it is due, and the queue it heads."""
+        if not self._put_off_size:
+            return math.inf, None
+        return min(((queue[0][0], queue) for queue in self._put_off.values()
+                    if queue), key=lambda each: each[0])
+
+    def _return(self, queue):
+        incoming = queue.popleft()[1]
+        self._put_off_size -= incoming.size
+        self._is_new = False
+        if incoming is self._record:
+            self._record = None
+            self._subscription.note(_LOST, incoming.message['payload'])
+        return self._hand_out(incoming)
+
+    def _complain(self, full):
+        """Log what is stuck: requeued for ever, or never settled at all."""
+        now = time.monotonic()
+        with self._lock:
+            worst = self._worst
+            if full and now - self._moved >= _STUCK_FIRST:
+                worst = next(iter(self._unsettled))
+            if worst is None:
+                self._tell_pause = _STUCK_FIRST
+                self._tell_at = min(self._tell_at, now + _STUCK_FIRST)
+            if worst is None or now < self._tell_at:
+                return
+            self._tell_at = now + self._tell_pause
+            self._tell_pause = min(2 * self._tell_pause, _STUCK_MAX)
+            numbers = (len(self._unsettled),
+                       sum(map(len, self._put_off.values())))
+        self._subscription.say(
+            logging.WARNING, 'stuck: %s; %d handed out and not settled, %d '
+            'to be tried again', worst, *numbers)
 
     def _is_wanted(self, message):
         if message.get('event_type') == _REFUSED:

@@ -18,6 +18,7 @@ It acts on commands as publisher.py does, and has commands of its own.
 
 import collections
 import os
+import sys
 import threading
 import time
 
@@ -34,14 +35,16 @@ class Endpoint:
 
     """Keeps count of what it was given, in any of the executor's threads."""
 
-    def __init__(self, delay=0, requeue=0):
+    def __init__(self, delay=0, requeue=0, last=sys.maxsize):
         """Be an endpoint.
 
         :param delay: seconds that each message takes
         :param requeue: how often each message is requeued
+        :param last: the number of the last that is
         """
         self._delay = delay
         self._requeue = requeue
+        self._last = last
         self._lock = threading.Lock()
         self.seen = collections.Counter()   # by source and number
         self.ids = set()
@@ -56,7 +59,8 @@ class Endpoint:
             self.ids.add(metadata['message_id'])
             key = (payload['source'], payload['number'])
             self.seen[key] += 1
-            requeue = self.seen[key] <= self._requeue
+            requeue = (self.seen[key] <= self._requeue
+                       and payload['number'] <= self._last)
         time.sleep(self._delay)
         return RESULT.REQUEUE if requeue else RESULT.HANDLED
 

@@ -155,14 +155,22 @@ class ListenerTest(ConsumerTestCase):
             lambda: 'each twice: %s' % consumer.ask('heard'))
         self.assertEqual(10, consumer.ask('heard')['received'])
 
+    def test_what_is_requeued_for_ever_is_named_and_others_come(self):
+        service = self.service()
+        consumer = self.consumer()
+        consumer.ask('listen', url=self.url, requeue=10 ** 9, last=500)
+        service.ask('emit', count=2000)
+        self.wait_heard(consumer, 2000)
+        consumer.wait_log('stuck: ')
+        self.assertEqual(1, len(consumer.log('stuck: ')))
+
     def test_stop_amid_requeues(self):
         service = self.service()
         consumer = self.consumer()
         consumer.ask('listen', url=self.url, requeue=10 ** 9)
         service.ask('emit', count=300)
-        base.wait_until(lambda: consumer.ask('heard')['deliveries'] >= 150,
-                        'all it takes were requeued')
-        self.assertEqual(100, consumer.ask('heard')['received'])
+        base.wait_until(lambda: consumer.ask('heard')['deliveries'] >= 400,
+                        'all are requeued')
         self.assertLess(consumer.ask('unlisten'), 1)
         self.assertEqual(1, len(consumer.log('is dropped')))
         service.wait_log('parted: pid %d,' % consumer.pid)

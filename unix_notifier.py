@@ -892,14 +892,14 @@ class _Event:
             os.dup2(fd, self._fd, inheritable=False)
             os.close(fd)
 
-    def close(self):
+    def close(self, _close=os.close):   # there is no ``os`` at the very end
         """Only where no thread can be about to write to it.
 
         Else the last reference closes it, which such a thread holds: it must
         not write to whatever gets the number next.
         """
         if self._fd is not None:
-            os.close(self._fd)
+            _close(self._fd)
             self._fd = None
 
     __del__ = close

@@ -22,9 +22,27 @@ there that should.
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import base
+
+# Modules that are still held are cleared one by one, in reverse. Without the
+# GIL, more of them are.
+OUTLIVE = """
+import json, sys
+from oslo_config import cfg
+import unix_notifier
+conf = cfg.ConfigOpts()
+conf([])
+unix_notifier.register_opts(conf)
+conf.set_override('sock_path', sys.argv[1],
+                  group='oslo_messaging_notifications')
+sys.held = json, unix_notifier
+json.held = [unix_notifier.UnixDriver(conf),
+             unix_notifier.subscribe(sys.argv[1] + '2')]
+"""
 
 
 class DeliveryTest(base.FunctionalTestCase):
@@ -99,6 +117,13 @@ class DeliveryTest(base.FunctionalTestCase):
         self.assertEqual(0, publisher.wait_exit())
         self.assertLess(publisher.exit_seconds(), 0.5)
         self.assertFalse(os.path.exists(self.path))
+
+    def test_what_outlives_the_module_is_quiet(self):
+        done = subprocess.run(
+            [sys.executable, '-W', 'ignore', '-c', OUTLIVE, self.path],
+            capture_output=True, timeout=60)
+        self.assertEqual((0, b'', b''),
+                         (done.returncode, done.stdout, done.stderr))
 
 
 class DelayTest(base.FunctionalTestCase):

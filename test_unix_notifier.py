@@ -294,6 +294,10 @@ class SteppedHub(unix_notifier._Hub):
     """A hub whose loop is the test: nothing ever starts the thread."""
 
     starts = 0
+    hands_over = False      # all is queued, for the test to look at
+
+    def _hand_over(self, line):
+        return self.hands_over and super()._hand_over(line)
 
     def start(self):
         self.starts += 1
@@ -1721,6 +1725,151 @@ class QueueTest(HubCase):
             expected[thread], seen[thread] = number + 1, place
 
 
+class HandOverTest(HubCase):
+
+    """Hub: notify() itself sends, where that is plainly possible."""
+
+    def make_ready(self):
+        """A hub, whose loop would send nothing, and its only subscriber."""
+        hub = self.make_hub()
+        client = self.connect(hub)
+        hub.hands_over = True
+        return hub, client
+
+    def test_line_is_sent_when_notify_returns(self):
+        hub, client = self.make_ready()
+        for number in range(20):
+            self.emit(hub, range(number, number + 1))
+            self.assertEqual(number + 1, account(client.read()))
+        self.assertEqual(0, hub.starts)
+        hub.finish()
+        self.assertLogged(' 20 lines, 0 lost')
+
+    def assertLeft(self, hub, client, queued=1):
+        """What is emitted is left to the loop, which sends it in its place."""
+        before = len(client.read())
+        self.emit(hub, range(before, before + 1))
+        self.assertEqual((before, queued), (
+            len(client.read()), len(hub._queue)))
+        hub._turn(0)
+        self.assertEqual(before + 1, account(client.read()))
+
+    def test_burst_is_left_to_the_loop_until_time_has_passed(self):
+        hub, client = self.make_ready()
+        with fixtures.MonkeyPatch('time.monotonic', lambda: 1000):
+            hub._checked = 1000
+            self.emit(hub, range(40))
+            self.assertEqual(33, account(client.read()))
+            self.assertQueued(hub, 7)
+            hub._turn(0)
+            self.assertLeft(hub, client)
+        with fixtures.MonkeyPatch('time.monotonic', lambda: 1000.0006):
+            self.emit(hub, range(41, 42))
+            self.assertEqual(42, account(client.read()))
+
+    def test_who_waits_is_accepted_first(self):
+        hub, client = self.make_ready()
+        other = self.connect()
+        self.assertLeft(hub, client)
+        self.assertEqual(1, account(other.read()))
+        self.assertLeft(hub, client)    # for two there is the loop
+        self.assertEqual(2, account(other.read()))
+
+    def test_what_came_before_goes_before(self):
+        hub, client = self.make_ready()
+        self.emit(hub, range(1), size=2 ** 20)  # too long, and the kernel
+        hub._turn(0)                            # does not take it at once
+        self.emit(hub, range(1, 3))
+        self.assertQueued(hub, 2)
+        self.pump(hub, client, 3)
+        self.emit(hub, range(3, 4))
+        self.assertEqual(4, account(client.read()))
+
+    def test_path_that_was_lost_is_the_loops_to_mend(self):
+        hub, client = self.make_ready()
+        os.unlink(self.path)
+        hub._checked -= 60
+        self.assertLeft(hub, client)
+        self.assertServed(hub, client, self.connect(hub))
+
+    def test_peer_that_has_gone_is_the_loops_to_part(self):
+        hub, client = self.make_ready()
+        client.sock.close()
+        self.emit(hub, range(1))
+        self.assertQueued(hub, 1)
+        hub._turn(0)
+        self.assertLogged('subscriber parted')
+
+    def test_rest_of_a_line_is_sent_before_the_next(self):
+        hub, client = self.make_ready()
+        for number in range(0, 60, 2):
+            hub._asleep, hub._credit = True, 0
+            size = number * 2 + 1
+            with mock.patch.object(
+                    unix_notifier._libc, 'send',
+                    lambda fd, data, *_: os.write(fd, data[:size])):
+                self.emit(hub, range(number, number + 2))
+            self.assertEqual(number, len(client.read()))
+            self.assertEqual(number // 2 + 1, hub.starts)   # it was woken
+            hub._turn(0)
+            self.assertEqual(number + 2, account(client.read()))
+
+    def test_threads_and_the_loop_hand_over_by_turns(self):
+        """As often as can be: in order, each line once, all accounted for."""
+        self.patch('_HAND_OVER_TIME', 0)
+        self.switch_threads_often()
+        hub, client = self.start_hub()
+        sent = self.count_short_sends()
+
+        def publish(thread):
+            for number in range(500):
+                hub.emit(message({'n': number, 'thread': thread}))
+                time.sleep(random.choice((0, 0, 0, 1e-4)))
+
+        self.run_threads([functools.partial(publish, each) for each in
+                          range(8)] + [lambda: client.wait(4000)])
+        self.assertLess(0, sent.call_count)
+        for thread in range(8):
+            self.assertEqual(list(range(500)), [
+                each['payload']['n'] for each in client.messages
+                if each['payload']['thread'] == thread])
+
+    def test_signal_handlers_that_raise_neither_lose_nor_double(self):
+        """What notify() took was sent, or is counted, once."""
+        driver = unix_notifier.UnixDriver(self.make_conf())
+        self.addCleanup(unix_notifier._hubs.clear)
+        self.addCleanup(driver._hub.close)
+        self.await_service()
+        client, struck, taken = self.connect(), itertools.count(), set()
+
+        def strike(*_):
+            next(struck)
+            raise ZeroDivisionError     # which notify() swallows
+
+        self.addCleanup(signal.signal, signal.SIGALRM,
+                        signal.signal(signal.SIGALRM, strike))
+        for number in range(4000):
+            try:
+                signal.setitimer(signal.ITIMER_REAL,
+                                 random.uniform(1e-6, 2e-4))
+                driver.notify({}, numbered(number), 'INFO', None)
+                taken.add(number)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except ZeroDivisionError:
+                pass    # before notify() began, or once it had returned
+        wait_until(lambda: driver._hub._asleep)     # it has looked at the gap
+        driver.notify({}, numbered(number + 1), 'INFO', None)
+        numbers = []
+        while number + 1 not in numbers:
+            client.receive()
+            numbers = [each['payload']['n'] for each in client.messages
+                       if 'n' in each['payload']]
+        self.assertEqual(sorted(set(numbers)), numbers)
+        self.assertEqual(len(taken.difference(numbers)),
+                         sum(lost(client.messages)))
+        self.assertLess(100, next(struck))
+
+
 class WakeTest(HubCase):
 
     """Hub: the loop sleeps, and no line is left lying meanwhile."""
@@ -1830,6 +1979,7 @@ class WakeTest(HubCase):
     def test_surprise_in_the_loop_is_logged_and_survived(self):
         self.patch('_Backoff.MAX', 0.01)
         hub, client = self.start_hub()
+        hub._hand_over = lambda line: False
         failures = [ZeroDivisionError()] * 3
 
         def flush():
@@ -2731,6 +2881,38 @@ class RelayStartTest(RelayCase):
         self.emit(follower, range(1))
         self.step(follower, leader)
         self.assertEqual(1, account(client.read()))
+
+    def test_what_a_follower_hands_over_is_with_the_leader(self):
+        leader, follower = self.make_pair()
+        follower.hands_over = True
+        client = self.connect()     # not accepted yet
+        self.emit(follower, range(20))
+        self.assertQueued(follower, 0)
+        follower._closing = True
+        follower._close_files()     # it has gone
+        self.pump(leader, client, 20)
+
+    def test_leader_that_has_gone_is_handed_nothing(self):
+        leader, follower = self.make_pair()
+        follower.hands_over = True
+        client = self.connect(leader)
+        leader.finish()
+        self.emit(follower, range(2))   # which does not know yet
+        self.assertQueued(follower, 2)
+        self.pump(follower, self.connect(), 2)
+        self.assertEqual([], client.read())
+
+    def test_follower_hands_nothing_over_once_nobody_is_there(self):
+        leader, follower = self.make_pair()
+        follower.hands_over = True
+        client = self.connect(leader)
+        self.emit(follower, range(1))
+        client.sock.close()
+        self.step(leader)
+        with mock.patch.object(unix_notifier._libc, 'send', none_left):
+            self.emit(follower, range(1))
+        self.step(follower)
+        self.assertFalse(follower._gate.open)
 
     def test_listener_presence_and_uplink_are_looked_at_in_this_order(self):
         # Presence first would miss who is accepted between the two.

@@ -38,15 +38,18 @@ What a subscriber can rely on:
 themselves.
 
 What a service can rely on: ``notify()`` never blocks, never raises and never
-logs. It serializes, appends to a queue and wakes the loop, a daemon thread
-that does everything else. Who may do what:
+logs. It serializes, and sends the line itself where that is plainly possible.
+Else it appends it to a queue and wakes the loop, a daemon thread that does
+everything else. Who may do what:
 
 ==================  =====================================================
 any thread          appends to the queue; reads the gate; wakes the loop
-the loop            all else: takes from the queue, owns the lock file, the
+who has the turn    all else: takes from the queue, owns the lock file, the
                     listener, the subscribers and the backlog, sets the gate
-constructor, exit   start the loop; stop it and take its place
 ==================  =====================================================
+
+The loop has the turn from its waking to its sleeping, the exit handler once
+the loop has ended, and ``notify()`` if nobody has it, for a single send.
 """
 
 import argparse
@@ -147,6 +150,11 @@ _CHECK_INTERVAL = 1
 _EXIT_TIME = 1
 _EXIT_STALL = 0.1
 
+# notify() itself sends so many lines in a row, and after that one in so many
+# seconds; what is beyond goes in batches, which cost less.
+_HAND_OVERS = 32
+_HAND_OVER_TIME = 0.5e-3
+
 # Seconds: a send that takes longer has waited for the GIL. Bytes: a send of
 # more takes so long that another thread should have the GIL meanwhile.
 _GIL_LATE = 1e-3
@@ -158,6 +166,10 @@ _SHORT = 16 * 1024
 # that is woken does not take the GIL from its waker, who would wait for 25 us.
 # Monkey patching, which removes select.poll(), does not reach it.
 _libc = ctypes.PyDLL(None)
+
+
+# Not an IntFlag each time, which takes 2 us.
+_AT_ONCE = int(socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
 
 
 def _send_short(sock, data):
@@ -1000,15 +1012,20 @@ class _Hub:
         self._gate = _Gate(_keep_all, True)     # until the first claim
         self._starting = threading.Lock()   # tried, never waited for
         self._thread = self._waker = None
+        # Held by whoever does the loop's work, but not while it sleeps; see
+        # _hand_over(). Publishers only try it.
+        self._turn_lock = threading.Lock()
         self._closing = False
         self._checked = time.monotonic()    # when the path was looked after
-        # The loop alone.
+        # Whoever has the turn: mostly the loop.
+        self._credit = 0        # time.monotonic() until which it is used up
         self._selector = self._bound = None
         self._sockets = weakref.WeakSet()   # all there are, from _own()
         self._lock = _Lock(self.settings.path + '.lock')
         self._handed = []       # RELAY's joint: chunks from other processes
         self._subscribers = {}  # an ordered set
         self._backlog = _Backlog(self.settings.buffer_size)
+        self._rest = None       # a line, and how much of it was handed over
         self._unsent = False    # someone may be sent more at once
         self._late = False      # others want the GIL: it is kept where it can
         self._retry = _Backoff()    # for the path
@@ -1036,8 +1053,13 @@ class _Hub:
         if self._gap is not self._gap_seen or len(line) > _LINE_MAX:
             self.drop()
             return
-        # In one step, so that the loop never finds a line without its pads.
-        self._queue.extend((line,) + (None,) * (len(line) // _QUEUE_UNIT))
+        if queued or len(line) > _SHORT or not self._hand_over(line):
+            # In one step, so that the loop never finds a line without pads;
+            # and no call, after which a signal's handler might raise.
+            queue = self._queue
+            queue += (line,) + (None,) * (len(line) // _QUEUE_UNIT)
+        elif self._rest is None:
+            return
         # The loop raises the flag before it looks at the queue for the last
         # time. We append before we read the flag. One sees the other.
         try:
@@ -1047,6 +1069,64 @@ class _Hub:
                 self._give_way()
         except Exception:  # nosec B110
             pass        # out of stack; it is queued, and the next one wakes
+
+    def _hand_over(self, line):
+        """Send the line here and now, if that plainly can be; whether it was.
+
+        Then it is out of this process, whatever becomes of that. It saves the
+        waking and the loop's wait for the GIL, too. Only to a single stream,
+        which is not behind: all else is left to the loop, as are errors and
+        the rest of a line.
+        """
+        now, size, done = time.monotonic(), len(line), []
+        if self._credit - now > _HAND_OVERS * _HAND_OVER_TIME:
+            return False
+        try:
+            try:
+                # A signal's handler may raise after each call. What map()
+                # calls has left its result in the list by then.
+                done.extend(map(self._turn_lock.acquire, (False,)))
+                stream = self._ready(now) if done[0] else None
+                if stream is None:
+                    return False
+                self._credit = max(self._credit, now) + _HAND_OVER_TIME
+                done.extend(map(_libc.send, (stream.sock.fileno(),), (line,),
+                                (ctypes.c_size_t(size),), (_AT_ONCE,)))
+            finally:    # without a call, or a frame, until all is noted
+                if done[1:] and done[1] == size:
+                    self._backlog.tail.first += 1   # as if it had been there
+                elif done[1:] and done[1] > 0:
+                    self._rest = line, done[1]
+                if done and done[0]:
+                    self._turn_lock.release()
+        except Exception:
+            if not done[1:]:
+                raise
+        return done[1] > 0
+
+    def _ready(self, now):
+        """The only stream, if it was sent all there was, and all is well.
+
+        Whatever this thread emitted before is in the queue, or else pending,
+        or was sent: the loop moves it while it has the turn, which is ours.
+        The path is looked after here, for a loop that was woken to do that
+        would take what comes next, and this process may leave before it has
+        sent that.
+        """
+        if len(self._subscribers) != 1 or self._waiting():
+            return None
+        stream = next(iter(self._subscribers))
+        if stream.blocked or stream.pending():
+            return None
+        if now - self._checked > _CHECK_INTERVAL:
+            if not self._intact():
+                return None
+            self._checked = now
+        return stream if self._none_waits() else None
+
+    def _none_waits(self):
+        """Whether nobody has connected who must be accepted first."""
+        return not self._gate.look()
 
     def _anyone(self, gate):
         """See _Gate for why nobody is missed."""
@@ -1069,11 +1149,12 @@ class _Hub:
         and the record goes behind what is due: all that a thread queued
         before it dropped something, and nothing that it queues later.
         """
-        self._gap = drops = next(self._drops)
+        for self._gap in self._drops:
+            break       # no call, after which a signal's handler might raise
         try:
             if self._asleep:
                 self._wake()
-            if drops % _BATCH == _BATCH - 1:
+            if self._gap % _BATCH == _BATCH - 1:
                 self._give_way()    # it takes 0.5 us, the loop waits for 5 ms
         except Exception:  # nosec B110
             pass        # as in emit(); it is counted
@@ -1195,8 +1276,19 @@ class _Hub:
 
         :returns: whether there was anything to do
         """
-        self._open()
+        with self._turn_lock:
+            self._open()
         events = self._wait(limit)
+        with self._turn_lock:
+            return self._work(events)
+
+    def _work(self, events):
+        if self._rest is not None:
+            line, sent = self._rest
+            self._backlog.append(line, 1)
+            for stream in self._subscribers:
+                stream.offset = sent
+            self._rest = None
         for key, mask in events:
             if key.data is not None:
                 key.data(mask)
@@ -1230,7 +1322,8 @@ class _Hub:
 
     def _waiting(self):
         """Whether publishers have left anything for the loop."""
-        return bool(self._queue) or self._gap is not self._gap_seen
+        return (bool(self._queue) or self._gap is not self._gap_seen
+                or self._rest is not None)
 
     def _timeout(self, limit):
         due = [each.at for each in (self._retry, self._pause) if each.at]
@@ -1276,6 +1369,11 @@ class _Hub:
             if self._troubles:
                 self._say(logging.WARNING, 'all is well again')
             self._troubles.clear()
+
+    def _intact(self):
+        """Whether lock and path are still ours; 5 us."""
+        return self._lock.intact() and all(
+            each.intact() for each in self._owned())
 
     def _trouble(self, error):
         """We could not own the path: nobody can connect to us."""
@@ -1575,10 +1673,11 @@ class _Hub:
         Runs in the exit handler, once the loop has ended, for a turn at
         least, and until time.monotonic() is ``deadline``.
         """
-        self._open()
-        if self._bound is not None:
-            self._retry.clear()
-            self._cut_off()
+        with self._turn_lock:
+            self._open()
+            if self._bound is not None:
+                self._retry.clear()
+                self._cut_off()
         self._turn(0)
         if self._bound is not None:
             self._unwatch(self._bound.sock)
@@ -1589,8 +1688,9 @@ class _Hub:
             unread = self._unread()
             if self._turn(_EXIT_STALL) or self._unread() != unread:
                 progress = time.monotonic()
-        self._gate = _Gate()
-        self._close_all()
+        with self._turn_lock:
+            self._gate = _Gate()
+            self._close_all()
 
     def _unread(self):
         """Bytes that the kernel still holds for subscribers.
@@ -2036,6 +2136,15 @@ class _RelayHub(_Hub):
             self._gate = _Gate(functools.partial(
                 _is_socket, self.settings.path))
 
+    def _none_waits(self):
+        # There is somebody, or there is no need to tell the leader.
+        return super()._none_waits() == (self._uplink is None)
+
+    def _intact(self):
+        if self._uplink is None:
+            return super()._intact()
+        return self._passed.intact() and os.path.exists(self._relay_path)
+
     # Following.
 
     def _claim(self):
@@ -2050,7 +2159,7 @@ class _RelayHub(_Hub):
         if not self._uplink.greeted:
             raise BlockingIOError(errno.EAGAIN, 'no answer from %s'
                                   % self._uplink.who, self._relay_path)
-        if not (self._passed.intact() and os.path.exists(self._relay_path)):
+        if not self._intact():
             # The leader does not know yet, or it would be there.
             self._backlog.append(b'-0 look\n', 0)
 

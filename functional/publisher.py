@@ -341,13 +341,14 @@ class Service:
     def leave(self, how='return', count=0, size=0):
         """Emit some, and end the process at once; there is no answer.
 
-        :param how: return, exit (sys.exit), raise or _exit (os._exit)
+        :param how: return, exit (sys.exit), raise, _exit (os._exit) or kill
         """
         self._emit(0, range(count), size)
         self.end = {'return': sys.exit if self.in_child else bool,
                     'exit': sys.exit,
                     'raise': _raise,
-                    '_exit': lambda: os._exit(0)}[how]
+                    '_exit': lambda: os._exit(0),
+                    'kill': lambda: signal.raise_signal(signal.SIGKILL)}[how]
 
 
 def _raise():

@@ -19,6 +19,7 @@ would take long, or a socket file would be there that should not, or not be
 there that should.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -124,6 +125,40 @@ class DeliveryTest(base.FunctionalTestCase):
             capture_output=True, timeout=60)
         self.assertEqual((0, b'', b''),
                          (done.returncode, done.stdout, done.stderr))
+
+
+class LastWordsTest(base.RelayTestCase):
+
+    """No handler runs, and nobody waits for the loop."""
+
+    def _last_words(self, of_leader):
+        workers = self.start_workers(2)
+        for how in 'kill', '_exit':
+            for count in (1, 5, 20, 1, 5, 20):
+                subscriber = self.subscribe()
+                for worker in workers:
+                    worker.ask('emit', count=1)
+                subscriber.wait(2)
+                victim, = (each for each in workers if of_leader == (
+                    each.pid == self.leader_pid()))
+                self.wait_idle(workers)
+                victim.tell('leave', how=how, count=count)
+                self.assert_complete(subscriber, 2 + count)
+                subscriber.close()
+                self.parent.ask('reap', pid=victim.pid)
+                workers.remove(victim)
+                self.wait_leader(workers)
+                workers.append(self.worker())
+                # Once it follows it can hand something over.
+                with contextlib.closing(self.subscribe()) as other:
+                    workers[1].ask('emit', count=1)
+                    other.wait(1)
+
+    def test_of_a_leader(self):
+        self._last_words(True)
+
+    def test_of_a_follower(self):
+        self._last_words(False)
 
 
 class DelayTest(base.FunctionalTestCase):

@@ -833,9 +833,11 @@ class LockTest(TestCase):
 class BoundTest(TestCase):
 
     def bind(self, mode=0o660, gid=None):
-        bound = unix_notifier._bind(
-            unix_notifier._unix_socket(), self.path, mode, gid)
+        lock = mock.create_autospec(unix_notifier._Lock)
+        bound = unix_notifier._bind(unix_notifier._unix_socket(), self.path,
+                                    mode, lock, gid)
         self.addCleanup(bound.sock.close)
+        lock.write.assert_called_once_with([bound])
         return bound
 
     def test_nobody_slips_in_before_mode_and_group_are_set(self):
@@ -2220,14 +2222,31 @@ class PathTest(HubCase):
             os.chown(self.dir, 0, -1)
 
     def test_full_disk_heals(self):
-        write = unix_notifier._Lock.write
+        def full(fd, data, offset):
+            raise OSError(errno.ENOSPC, 'No space')
 
-        def full(lock, owned):
-            raise OSError(errno.ENOSPC, 'No space', lock.path)
+        def nearly(fd, data, offset):
+            return len(data) - 1
 
-        self.patch('_Lock.write', full)
-        with self.trouble(self.make_hub(False), 'No space'):
-            self.patch('_Lock.write', write)
+        warnings = self.useFixture(fixtures.WarningsCapture()).captures
+        for pwrite in full, nearly:
+            (patch := mock.patch('os.pwrite', pwrite)).start()
+            hub = self.make_hub(False)
+            with self.trouble(hub, 'No space'):
+                self.assertEqual(['s.lock'], os.listdir(self.dir))
+                patch.stop()
+            self.assertEqual([], warnings)
+            hub.finish()
+            self.log.reset_output()
+
+    def test_who_may_not_listen_does_not_pass_for_served(self):
+        def denied(sock, backlog):
+            raise PermissionError(errno.EACCES, 'no')
+
+        (patch := mock.patch('socket.socket.listen', denied)).start()
+        with self.trouble(self.make_hub(), 'no'):
+            self.assertEqual(['s.lock'], os.listdir(self.dir))
+            patch.stop()
 
     def test_directory_that_vanishes_and_returns_heals(self):
         hub = self.make_hub()

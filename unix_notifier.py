@@ -565,7 +565,8 @@ class _Lock:
     def _write(self, pid, identities):
         record = dict(self.read(), pid=pid, **identities)
         data = json.dumps(record).encode('ascii')
-        os.pwrite(self.fd, data, 0)
+        if os.pwrite(self.fd, data, 0) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.path)
         os.ftruncate(self.fd, len(data))
 
     def intact(self):
@@ -603,12 +604,14 @@ class _Bound:
                 os.unlink(self.path)
 
 
-def _bind(sock, path, mode, gid=None):
+def _bind(sock, path, mode, lock, gid=None, backlog=None):
     """Bind the socket; who connects is refused until it listens.
 
     Mode and group are set in between, so that nobody slips in, and the
-    umask, which belongs to the whole process, is left alone.
+    umask, which belongs to the whole process, is left alone. The lock names
+    it, for who comes after a crash.
 
+    :param backlog: that it is to listen with, at last
     :raises: OSError, naming the path; nothing is left behind
     """
     bound = None
@@ -619,6 +622,9 @@ def _bind(sock, path, mode, gid=None):
         if gid is not None:     # a sandbox may forbid even to change nothing
             os.lchown(path, -1, gid)
         os.chmod(path, mode)
+        lock.write([bound])
+        if backlog is not None:
+            sock.listen(backlog)
         return bound
     except OSError as error:
         if bound is not None:
@@ -1413,7 +1419,6 @@ class _Hub:
             self._accept()      # who came before the path was taken away
         try:
             bound = self._listener()
-            self._lock.write([bound])
         except OSError:
             self._lock.close()  # whoever can may have the path
             raise
@@ -1422,12 +1427,16 @@ class _Hub:
         self._gate = _Gate(_poll(bound.sock.fileno()),
                            bool(self._subscribers))
         self._announce()
-        bound.sock.listen(_BACKLOG)
-        self._pause.clear()
-        self._keep_reserve()
-        self._watch(bound.sock)
         if old is not None:
             self._close_listener(old)
+        try:
+            bound.sock.listen(_BACKLOG)
+            self._watch(bound.sock)
+        except OSError:
+            bound.unlink()      # or it would pass for served
+            raise
+        self._pause.clear()
+        self._keep_reserve()
         self._say(logging.INFO, 'served with mode %04o, group %s, by pid %d',
                   self.settings.mode, self.settings.group or 'unchanged',
                   self._pid)
@@ -1444,7 +1453,8 @@ class _Hub:
         path = self.settings.path
         self._make_way(path)
         gid = _gid(self.settings.group)
-        return _bind(self._own(_unix_socket), path, self.settings.mode, gid)
+        return _bind(self._own(_unix_socket), path, self.settings.mode,
+                     self._lock, gid)
 
     def _announce(self):
         """RELAY's joint: before it listens, tell who looks at it."""
@@ -2286,6 +2296,7 @@ class _RelayHub(_Hub):
             self._make_way(self._relay_path)
             if not self._lock.vacated():
                 self._let_go(passed.sock)
+            self._lock.write([passed])
             return passed
         self._passed = None
         with contextlib.suppress(OSError), passed.sock as sock:
@@ -2318,11 +2329,10 @@ class _RelayHub(_Hub):
 
     def _serve_relay(self):
         self._make_way(self._relay_path)
-        relay = _bind(self._own(_unix_socket), self._relay_path, 0o600)
-        self._lock.write([relay])
-        relay.sock.listen(_BACKLOG)
+        relay = _bind(self._own(_unix_socket), self._relay_path, 0o600,
+                      self._lock, backlog=_BACKLOG)
         self._close_relay()
-        self._relay = relay     # last: else it is bound anew
+        self._relay = relay
 
     def _close_relay(self):
         if self._relay is not None:

@@ -1373,6 +1373,7 @@ class HubCase(TestCase):
 
     def script(self, hub, *steps):
         hub._bound.sock = FakeListener(hub._bound.sock, steps)
+        self.patch('_accept', lambda listener: listener.accept()[0])
         return hub._bound.sock
 
     def pump(self, hub, client, total, first=0):
@@ -1795,6 +1796,7 @@ class HandOverTest(HubCase):
         self.assertServed(hub, client, self.connect(hub))
 
     def test_peer_that_has_gone_is_the_loops_to_part(self):
+        self.patch('_VISITS_INTERVAL', 0)
         hub, client = self.make_ready()
         client.sock.close()
         self.emit(hub, range(1))
@@ -2000,6 +2002,7 @@ class AcceptTest(HubCase):
     """Hub: who comes and goes."""
 
     def test_coming_and_going_is_logged(self):
+        self.patch('_VISITS_INTERVAL', 0)
         hub = self.make_hub(sock_mode='0606')
         client = self.connect(hub)
         self.emit(hub, range(3))
@@ -2013,6 +2016,58 @@ class AcceptTest(HubCase):
                      ):
             self.assertLogged('INFO MainThread Notifications on %s: %s\n' % (
                 self.path, text))
+
+    def test_who_comes_and_goes_within_a_second_shares_a_line(self):
+        hub = self.make_hub()
+        self.connect(hub)
+        self.assertIsNone(hub._timeout(None))   # there is nothing to tell
+        self.connect(hub).sock.close()
+        hub._turn(0)
+        self.assertLogged('subscriber ', 1)
+        self.assertLess(hub._timeout(None), 1)
+        # Not more than needed to tell it, though nothing else happens.
+        hub._visits.at -= 1
+        hub._turn()
+        self.assertIsNone(hub._timeout(None))
+        for event in 'connected', 'parted':
+            self.assertLogged('subscriber %s: pid %d, uid %d' % (
+                event, os.getpid(), os.geteuid()), 1 + (event[0] == 'c'))
+        self.assertEqual(3, len(self.log.output.splitlines()))
+
+    def test_crowd_is_counted_and_told_at_the_end(self):
+        hub = self.make_hub()
+        clients = [self.connect() for _ in range(100)]
+        hub._turn(0)
+        for each in clients:
+            each.sock.close()
+        hub.finish()
+        peer = 'pid %d, uid %d' % (os.getpid(), os.geteuid())
+        self.assertLogged('subscribers connected: 64, refused: 36; most often '
+                          '%s: 100 times\n' % peer)
+        self.assertLogged('subscribers parted: 64; most often %s: 64 times\n'
+                          % peer)
+
+    def test_crowd_is_held_back_for_a_while(self):
+        # By the kernel, for a turn must accept all who wait.
+        hub = self.make_hub()
+
+        def waiting():
+            """How many the kernel lets wait."""
+            with contextlib.ExitStack() as stack:
+                for number in range(200):
+                    sock = stack.enter_context(socket.socket(socket.AF_UNIX))
+                    sock.setblocking(False)
+                    if sock.connect_ex(self.path):
+                        break
+            hub._turn(0)
+            return number
+
+        # The first were told of at once, so they do not count.
+        self.assertEqual([129, 129, 129, 9], [waiting() for _ in range(4)])
+        for expected in 9, 129:
+            hub._visits.at = 0
+            hub._turn(0)
+            self.assertEqual(expected, waiting())
 
     def test_one_too_many_is_refused_with_a_reason(self):
         hub = self.make_hub(sock_max_subscribers=2)
@@ -2043,6 +2098,7 @@ class AcceptTest(HubCase):
         self.assertServed(hub, self.connect(hub))
 
     def test_talker_is_cut_off(self):
+        self.patch('_VISITS_INTERVAL', 0)
         hub = self.make_hub()
         talker, quiet = self.connect(hub), self.connect(hub)
         for _ in range(70):
@@ -2312,6 +2368,7 @@ class PathTest(HubCase):
         self.assertLogged('served with')
 
     def test_who_lost_lock_and_path_sends_subscribers_on(self):
+        self.patch('_VISITS_INTERVAL', 0)
         hub = self.make_hub()
         client = self.connect(hub)
         for name in os.listdir(self.dir):
@@ -3009,9 +3066,10 @@ class RelayLoadTest(RelayCase):
         self.connect()
         self.step(leader)
 
-        def fork(_):        # the hook, in the child
-            leader._close_files()
-            leader._reset()
+        def fork(delay):    # the hook, in the child
+            if delay == unix_notifier._GIVE_WAY:
+                leader._close_files()
+                leader._reset()
 
         with fixtures.MonkeyPatch('time.sleep', fork):
             while leader._uplink is None:
@@ -3025,7 +3083,8 @@ class RelayLoadTest(RelayCase):
         naps = []
         with fixtures.MonkeyPatch('time.sleep', naps.append):
             self.fill(leader, follower, 60)
-        self.assertEqual(unix_notifier._PATIENCE, len(naps))
+        self.assertEqual(unix_notifier._PATIENCE,
+                         naps.count(unix_notifier._GIVE_WAY))
         self.pump(leader, client, 60)
         self.assertTrue(lost(client.messages))
 

@@ -138,8 +138,20 @@ _GIVE_WAY = 50e-6
 # What accept() says when the process or the machine has run out.
 _STARVED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
-# Connections that the kernel holds for us between two turns.
+# Connections that the kernel holds for us between two turns: a hundred readers
+# may come back at once. While more than so many come within a second it is
+# told to hold fewer, for a turn has to accept all who wait before it sends.
 _BACKLOG = 128
+_CROWD = 256
+_CROWD_BACKLOG = 8
+
+# Seconds between turns while subscribers come, go or talk without a pause.
+_REST = 5e-3
+_REST_MAX = 15e-3
+
+# Seconds between lines on who comes and goes; as many as each names in full.
+_VISITS_INTERVAL = 1
+_VISITS_NAMED = 4
 
 # Bytes that a subscriber may send us, who only talk.
 _DISCARD_MAX = 64 * 1024
@@ -876,11 +888,8 @@ class _Subscriber:
 
     def alive(self):
         """Whether the peer is there; the end of its stream does not tell."""
-        try:
-            self.sock.send(b'', socket.MSG_NOSIGNAL)
-        except OSError:
-            return False
-        return True
+        return _libc.send(self.sock.fileno(), b'', ctypes.c_size_t(0),
+                          socket.MSG_NOSIGNAL) == 0
 
 
 def _peer(sock):
@@ -991,6 +1000,50 @@ class _Backoff:
         self.at = time.monotonic() + self.delay * jitter
 
 
+class _Visits:
+    """The log of who comes and goes: a line a second, at most.
+
+    For whoever may connect may do so in a loop. The first are told of when
+    their turn ends, the others when the second is over.
+    """
+
+    def __init__(self, say):
+        self._say = say
+        self._next = 0          # no line sooner
+        self._forget()
+
+    def _forget(self):
+        self.at = None          # when there is something to tell, if there is
+        self.came = 0           # how many, since the last line
+        self._texts = []
+        self._events = collections.Counter()
+        self._peers = collections.Counter()
+
+    def note(self, event, who, more=''):
+        if len(self._texts) < _VISITS_NAMED:
+            self._texts.append('subscriber %s: %s%s' % (event, who, more))
+        self._events[event] += 1
+        self._peers[who] += 1
+        self.came += event != 'parted'
+        self.at = self._next
+
+    def tell(self):
+        """Log what was noted; returns whether it is a crowd that comes."""
+        if self._events.total() > len(self._texts):
+            self._texts = ['subscribers %s; most often %s' % (
+                ', '.join('%s: %d' % each for each in self._events.items()),
+                '; '.join('%s: %d times' % each
+                          for each in self._peers.most_common(3)))]
+        if self._texts:
+            self._say(logging.INFO, '; '.join(self._texts))
+        crowd = self.came > _CROWD
+        self._next = time.monotonic() + _VISITS_INTERVAL
+        self._forget()
+        if crowd:
+            self.at = self._next    # look again
+        return crowd
+
+
 class _Hub:
     """All drivers of a process on one path: one queue, one loop.
 
@@ -1038,6 +1091,13 @@ class _Hub:
         self._troubles = set()  # those already logged, until all is well
         self._reserve = None    # a descriptor to give up when there is none
         self._starved = False   # accepting fails for want of descriptors
+        self._visits = _Visits(self._say)
+        self._visited = False   # by someone who came, went or talked
+        self._rested = self._worked = 0     # see _slow_down()
+        self._listens = _BACKLOG    # what the kernel was told
+        self._held = _BACKLOG   # how many it may hold by now
+        self._swept = False     # of those who are gone, in this turn
+        self._refusals = {}     # records of this turn
         self._pause = _Backoff()    # and refusing fails, too
         self._drops_read = 0    # what next(_drops) gives if none was since
         self._lost = 0          # drops that a record is due for
@@ -1310,6 +1370,9 @@ class _Hub:
         if handed:
             self._ahead = _BATCH    # others need the loop as much as we do
         self._set_open(bool(self._subscribers))     # lowered here alone
+        if self._visits.at is not None and self._visits.at < time.monotonic():
+            self._let_wait(_CROWD_BACKLOG if self._visits.tell()
+                           else _BACKLOG)
         return bool(events or due or handed or self._unsent)
 
     def _wait(self, limit):
@@ -1319,6 +1382,8 @@ class _Hub:
             if not self._waiting():     # after the flag: see emit()
                 timeout = self._timeout(limit)
         events = self._selector.select(timeout)
+        if self._visited:
+            self._slow_down()
         # Green threads survive a fork, and this one may wake in the child,
         # which has a loop of its own.
         if pid != os.getpid():
@@ -1326,13 +1391,30 @@ class _Hub:
         self._asleep = False
         return events
 
+    def _slow_down(self):
+        """Let time pass if visits come without a pause; lines wait, too.
+
+        To accept just some of those who wait, and send, would break
+        connect() as the start. A fifth of the time is for work: under
+        eventlet, a turn with 64 subscribers takes milliseconds.
+        """
+        self._visited = False
+        now, worked = time.monotonic(), time.thread_time() - self._worked
+        if now - self._rested - worked < 2 * _REST:
+            end = min(self._rested + max(_REST, 5 * worked), now + _REST_MAX)
+            # Under eventlet another event of the same wait ends the sleep.
+            while (now := time.monotonic()) < end:
+                time.sleep(end - now)
+        self._rested, self._worked = now, time.thread_time()
+
     def _waiting(self):
         """Whether publishers have left anything for the loop."""
         return (bool(self._queue) or self._gap is not self._gap_seen
                 or self._rest is not None)
 
     def _timeout(self, limit):
-        due = [each.at for each in (self._retry, self._pause) if each.at]
+        due = [each.at for each in (self._retry, self._pause, self._visits)
+               if each.at]
         if limit is not None:
             due.append(time.monotonic() + limit)
         return max(0, min(due) - time.monotonic()) if due else None
@@ -1430,7 +1512,8 @@ class _Hub:
         if old is not None:
             self._close_listener(old)
         try:
-            bound.sock.listen(_BACKLOG)
+            self._listens = None
+            self._let_wait(_BACKLOG)
             self._watch(bound.sock)
         except OSError:
             bound.unlink()      # or it would pass for served
@@ -1458,6 +1541,13 @@ class _Hub:
 
     def _announce(self):
         """RELAY's joint: before it listens, tell who looks at it."""
+
+    def _let_wait(self, backlog):
+        """Tell the kernel how many may wait at the listener, less one."""
+        if self._bound is not None and self._listens != backlog:
+            self._listens = backlog
+            self._held = max(self._held, backlog)
+            self._bound.sock.listen(backlog)
 
     def _close_listener(self, bound):
         # First: a forked child may hold it open, and what happens to it
@@ -1491,7 +1581,8 @@ class _Hub:
         if paused and time.monotonic() < paused:
             return
         self._set_open(True)    # before the first: see _Gate
-        for _ in range(_BACKLOG + 1):
+        self._visited, self._swept, self._refusals = True, False, {}
+        for _ in range(self._held + 1):
             try:
                 sock = self._own(_accept, self._bound.sock)
             except BlockingIOError:
@@ -1501,29 +1592,35 @@ class _Hub:
                     return
             else:
                 self._admit(sock)
+        self._held = self._listens      # for all who waited are in
+        if self._visits.came > _CROWD:
+            self._let_wait(_CROWD_BACKLOG)
         self._keep_reserve()
         if paused:
             self._pause.clear()
             self._watch(self._bound.sock)
 
     def _admit(self, sock):
+        who = 'pid %d, uid %d' % _peer(sock)
         if self._reserve is None:
             # It has the last, or waited in a pause and missed what was sent.
-            self._refuse(sock, 'the service is out of file descriptors')
+            self._refuse(sock, who, 'the service is out of file descriptors')
             return
         if self._starved:
             self._starved = False
             self._say(logging.WARNING, 'subscribers are accepted again')
-        if self._full():
-            self._refuse(sock, 'sock_max_subscribers is %d'
+        subscriber = _Subscriber(sock, self._backlog, who)
+        alive = subscriber.alive()
+        if alive and self._full():
+            self._refuse(sock, who, 'sock_max_subscribers is %d'
                          % self.settings.max_subscribers)
             return
-        sock.setblocking(False)
-        subscriber = _Subscriber(sock, self._backlog,
-                                 'pid %d, uid %d' % _peer(sock))
         self._subscribers[subscriber] = None
-        self._rewatch(subscriber)
-        self._say(logging.INFO, 'subscriber connected: %s', subscriber.who)
+        self._visits.note('connected', who)
+        if alive:
+            self._rewatch(subscriber)
+        else:
+            self._part(subscriber, 'it is gone')
 
     def _full(self):
         """Whether all places are taken by subscribers that are still there.
@@ -1532,19 +1629,22 @@ class _Hub:
         be reported for ever; of others it may wait to be reported.
         """
         limit = self.settings.max_subscribers
-        if len(self._subscribers) >= limit:
+        if len(self._subscribers) >= limit and not self._swept:
+            self._swept = True
             for subscriber in list(self._subscribers):
                 if not subscriber.alive():
                     self._part(subscriber, 'it is gone')
         return len(self._subscribers) >= limit
 
-    def _refuse(self, sock, reason):
+    def _refuse(self, sock, who, reason):
+        if reason not in self._refusals:    # to make one may wait for the GIL
+            self._refusals[reason] = _record('notifications.refused',
+                                             reason=reason)
         with contextlib.suppress(OSError):  # it may not wait for an answer
-            sock.setblocking(False)
             # It fits: nothing was sent on this connection before.
-            sock.send(_record('notifications.refused', reason=reason),
-                      socket.MSG_NOSIGNAL)
+            _send_short(sock, self._refusals[reason])
         _hang_up(sock)
+        self._visits.note('refused', who, '; ' + reason)
 
     def _spare(self, error):
         """Give up the reserve, to refuse who waits; False if there is none.
@@ -1584,6 +1684,7 @@ class _Hub:
         if subscriber not in self._subscribers:
             return      # it parted earlier in this turn
         if mask & selectors.EVENT_READ:
+            self._visited = True
             reason = subscriber.listen()
             if reason is not None:
                 self._part(subscriber, reason)
@@ -1595,12 +1696,12 @@ class _Hub:
     def _part(self, subscriber, reason):
         """End the stream of a subscriber, or take note that it has ended."""
         del self._subscribers[subscriber]
-        self._unwatch(subscriber.sock)
+        if subscriber.mask:     # else it takes 30 us to find that it is not
+            self._unwatch(subscriber.sock)
         _hang_up(subscriber.sock)
-        self._say(logging.INFO, 'subscriber parted: %s, %d lines, %d lost; %s',
-                  subscriber.who, subscriber.received(),
-                  subscriber.lost + sum(each.lost for each in
-                                        subscriber.chunks()), reason)
+        lost = subscriber.lost + sum(each.lost for each in subscriber.chunks())
+        self._visits.note('parted', subscriber.who, ', %d lines, %d lost; %s'
+                          % (subscriber.received(), lost, reason))
 
     # Lines.
 
@@ -1719,6 +1820,7 @@ class _Hub:
     def _close_all(self):
         for subscriber in list(self._subscribers):
             self._part(subscriber, 'the service stops')
+        self._visits.tell()
         if self._bound is not None:
             self._close_listener(self._bound)
         if self._lock.fd is not None:
@@ -1729,18 +1831,30 @@ class _Hub:
 
 def _unix_socket(fileno=None):
     # In full even with a fileno, for a green socket does not ask the kernel.
-    return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=fileno)
+    # One with a fileno does not block.
+    return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM if fileno is None
+                         else socket.SOCK_STREAM | socket.SOCK_NONBLOCK,
+                         fileno=fileno)
 
 
 def _accept(sock):
-    return sock.accept()[0]
+    """``sock.accept()[0]``, non-blocking, without giving up the GIL."""
+    fd = _libc.accept4(sock.fileno(), None, None,
+                       socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    # Why it failed is raised by another try.
+    sock = sock.accept()[0] if fd < 0 else _unix_socket(fd)
+    if sock.gettimeout() != 0:      # green, or else it does not have to ask
+        sock.setblocking(False)
+    return sock
 
 
 def _hang_up(sock):
-    """End the stream, even while a forked child holds the socket open."""
-    with contextlib.suppress(OSError):      # the peer was first
-        sock.shutdown(socket.SHUT_RDWR)
-    sock.close()
+    """End the stream, even while a forked child holds the socket open.
+
+    Without giving up the GIL, as _accept().
+    """
+    _libc.shutdown(sock.fileno(), socket.SHUT_RDWR)     # the peer may be first
+    _libc.close(sock.detach())
 
 
 # -- the driver -------------------------------------------------------------
@@ -2311,7 +2425,7 @@ class _RelayHub(_Hub):
         nothing were missing.
         """
         with contextlib.suppress(BlockingIOError):
-            while True:
+            for _ in range(_BACKLOG + 1):
                 self._own(_accept, listener).close()
 
     def _take_over(self):

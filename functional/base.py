@@ -20,6 +20,7 @@ checks what it reads. Whatever a test starts is ended when the test ends.
 import contextlib
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -436,6 +437,12 @@ class Publisher(Controlled):
             lambda: self.log(text),
             lambda: '%r in the log:\n%s' % (text, '\n'.join(self.log())),
             timeout)[0]
+
+    def visits(self, event):
+        """How many subscribers the log names or counts as connected, say."""
+        text = '\n'.join(self.log('subscriber'))
+        return (len(re.findall('subscriber %s: ' % event, text))
+                + sum(map(int, re.findall(event + r': (\d+)[,;]', text))))
 
     def troubles(self):
         """The lines of the log that want to be looked at."""

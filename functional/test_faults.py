@@ -343,7 +343,7 @@ class SubscriberTest(base.FunctionalTestCase):
                 sock.recv(1000 * number)
             # Now it has gone, and what it had not read with it.
             self.assert_complete(healthy, number)
-        base.wait_until(lambda: len(publisher.log('parted')) == 20,
+        base.wait_until(lambda: publisher.visits('parted') == 20,
                         'all are known to be gone')
         publisher.ask('emit', count=1)
         self.assert_complete(healthy, 21)
@@ -372,7 +372,8 @@ class SubscriberTest(base.FunctionalTestCase):
         publisher.ask('emit', count=10)
         self.assert_complete(healthy, 10)
         self.assert_complete(modest, 10)
-        self.assertEqual(1, len(publisher.log('parted')))
+        base.wait_until(lambda: publisher.visits('parted'), 'it is logged')
+        self.assertEqual(1, publisher.visits('parted'))
 
     def test_twelve_mebibytes(self):
         publisher = self.publisher()

@@ -35,6 +35,7 @@ class IdleTest(base.FunctionalTestCase):
             *({'path': path} for path in paths.values()))))
         self.subscribe(paths['one'])
         self.subscribe(paths['parted']).close()
+        publishers['parted'].wait_log('subscriber parted')  # a second later
         half_closed = self.subscribe(paths['half-closed'])
         half_closed.sock.shutdown(socket.SHUT_WR)
         self.cat(publishers['stalled'], paths['stalled']).stop()

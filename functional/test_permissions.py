@@ -103,8 +103,7 @@ class RootTest(base.FunctionalTestCase):
                 self._connect(path, base.NOBODY, group),
                 self._connect(path, base.NOBODY, base.NOBODY)], text)
         # The log names the user.
-        base.wait_until(lambda: len(publishers[-1].log(
-            'uid %d' % base.NOBODY)) >= 2, 'it is in the log')
+        publishers[-1].wait_log('uid %d' % base.NOBODY)
         self.assertEqual([], publishers[-1].log('uid 0'))
 
     def test_root_leaves_a_directory_of_another_user_alone(self):

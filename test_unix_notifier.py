@@ -2968,6 +2968,29 @@ class RelayStartTest(RelayCase):
         follower._close_files()     # it has gone
         self.pump(leader, client, 20)
 
+    def test_where_a_loop_would_starve_notify_does_its_work(self):
+        leader = self.make_newcomer(self.make_settings())
+        self.step(leader)
+        client = self.connect(leader)
+        self.patch('_starves', lambda: True)
+        hub = unix_notifier._RelayHub(leader.settings)
+        self.addCleanup(hub.close)
+        for number in range(10):
+            self.emit(hub, range(number, number + 1))
+            self.assertIsNone(hub._thread)
+            self.step(leader)
+            # The first has to wait for the leader's answer.
+            self.assertEqual(number and number + 1, account(client.read()))
+        self.emit(hub, range(10, 11), size=2 ** 20)     # the kernel takes it
+        wait_until(lambda: hub._wake()                  # by and by
+                   or self.step(leader) or account(client.read()) == 11)
+        # notify() never logs: another thread does.
+        wait_until(lambda: 'relayed to' in self.log.output)
+        for each in self.log.output.splitlines():
+            self.assertEqual('only follows' in each or 'relayed' in each,
+                             'MainThread' not in each, each)
+        self.assertLogged('only follows')
+
     def test_leader_that_has_gone_is_handed_nothing(self):
         leader, follower = self.make_pair()
         follower.hands_over = True

@@ -52,6 +52,7 @@ The loop has the turn from its waking to its sleeping, the exit handler once
 the loop has ended, and ``notify()`` if nobody has it, for a single send.
 """
 
+import _thread
 import argparse
 import atexit
 import bisect
@@ -1089,6 +1090,7 @@ class _Hub:
         self._late = False      # others want the GIL: it is kept where it can
         self._retry = _Backoff()    # for the path
         self._troubles = set()  # those already logged, until all is well
+        self._unsaid = None     # records, while nothing may be logged
         self._reserve = None    # a descriptor to give up when there is none
         self._starved = False   # accepting fails for want of descriptors
         self._visits = _Visits(self._say)
@@ -1232,7 +1234,7 @@ class _Hub:
         run flat out. Not when sleep is patched: that would switch to other
         green threads, in the middle of the caller's.
         """
-        if isinstance(time.sleep, types.BuiltinFunctionType):
+        if not _is_patched():
             time.sleep(_GIVE_WAY)
 
     def _wake(self):
@@ -1288,7 +1290,7 @@ class _Hub:
                 self._thread.join(_EXIT_TIME)
             if self._thread.is_alive():
                 return      # stuck in a log handler, say; leave it its state
-        if self._thread is not None or self._waiting():
+        if self._thread is not None or self._selector or self._waiting():
             self._leave(deadline)
 
     def forked(self):
@@ -1432,9 +1434,13 @@ class _Hub:
         self._gate.open = is_open
 
     def _say(self, level, text, *args, exc_info=None):
+        record = (level, 'Notifications on %s: ' + text,
+                  self.settings.path, *args)
+        if self._unsaid is not None:
+            self._unsaid.append(record)
+            return
         with _no_fork:
-            LOG.log(level, 'Notifications on %s: ' + text,
-                    self.settings.path, *args, exc_info=exc_info)
+            LOG.log(*record, exc_info=exc_info)
 
     # The path.
 
@@ -1829,6 +1835,27 @@ class _Hub:
         self._close_files()
 
 
+def _log_all(records):
+    for record in records:
+        LOG.log(*record)
+
+
+def _is_patched():
+    """Whether threads are green: to sleep is to let others run."""
+    return not isinstance(time.sleep, types.BuiltinFunctionType)
+
+
+def _starves():
+    """Whether a loop would stand still between two requests.
+
+    It would be a green thread, and nobody runs those there, unless uWSGI has
+    a loop engine, such as gevent's.
+    """
+    return _is_patched() and ('mod_wsgi' in sys.modules or (
+        'uwsgi' in sys.modules
+        and getattr(sys.modules['uwsgi'], 'loop', None) is None))
+
+
 def _unix_socket(fileno=None):
     # In full even with a fileno, for a green socket does not ask the kernel.
     # One with a fileno does not block.
@@ -2181,7 +2208,8 @@ class _RelayHub(_Hub):
         """Start the loop, but not in uWSGI's master, or what will be it.
 
         uWSGI forks in C, without hooks; a thread that is busy at that instant
-        hangs the worker for good. Mules have worker_id 0, too.
+        hangs the worker for good. Mules have worker_id 0, too. Where a loop
+        would starve there is none: who has come to start it does its work.
         """
         uwsgi = sys.modules.get('uwsgi')
         if (uwsgi is not None and uwsgi.worker_id() == 0
@@ -2189,8 +2217,40 @@ class _RelayHub(_Hub):
                 and uwsgi.masterpid() in (0, os.getpid())):
             self._queue.clear()
             self._asleep = True
+        elif _starves():
+            self._asleep = True     # come here at the next line, too
+            self._work_here()
         else:
             super().start()
+
+    def _work_here(self):
+        """What a turn is for a follower that has no loop, in notify().
+
+        The leader hears of it at once. Its answer is taken at the next call,
+        and so is what the kernel does not take now.
+        """
+        done = []
+        try:
+            done.extend(map(self._turn_lock.acquire, (False,)))
+            if not done[0] or self._closing:
+                return
+            self._unsaid = []       # notify() never logs
+            if self._selector is None:
+                self._say(logging.WARNING, 'monkey-patched, under a server '
+                          'that runs no hub between requests, this process '
+                          'only follows, and sends as it emits')
+            self._open()
+            if self._uplink.sock is not None:
+                self._on_subscriber(self._uplink, selectors.EVENT_READ)
+                self._uplink.blocked = not self._uplink.greeted     # try anew
+            self._work(())
+        finally:
+            if done and done[0]:
+                unsaid, self._unsaid = self._unsaid, None
+                self._turn_lock.release()
+                if unsaid:
+                    # Not a Thread, whose start() waits for it to run.
+                    _thread.start_new_thread(_log_all, (unsaid,))
 
     def _set_open(self, is_open):
         if self._uplink is not None:
@@ -2288,6 +2348,10 @@ class _RelayHub(_Hub):
             self._backlog.append(b'-0 look\n', 0)
 
     def _lead(self):
+        if _starves():
+            # Everybody else on the path would be silent while it stands still.
+            raise PermissionError(
+                errno.EPERM, 'this process only follows', self.settings.path)
         super()._claim()
         if self._uplink is not None:
             self._take_over()

@@ -283,6 +283,46 @@ class UwsgiTest(ServerTestCase):
     def test_workers_lead(self):
         self.check_leaders(*self.uwsgi(processes=2))
 
+    def test_monkey_patched_worker_beside_another(self):
+        """Where no hub runs between requests it sends inside notify()."""
+        self.need('eventlet')
+        self.serve(*self.uwsgi(processes=1))
+        self.request()
+        address, log = self.address, self.log
+        for number, options in enumerate([(), ('--lazy-apps',)]):
+            subscriber = self.subscribe()
+            self.address, self.log = address + str(number), log + str(number)
+            self.serve(*self.uwsgi(*options, processes=1),
+                       WSGI_APP_PATCHED='1')
+            emitted = {self.request()}
+            for _ in range(10):
+                emitted.add(self.request())
+                # The first one, at the latest, with the second.
+                base.wait_until(lambda: emitted <= {
+                    (message['payload']['source'],
+                     message['payload']['number'])
+                    for message in list(subscriber.messages)}, 'it arrives')
+            with open(self.log) as file:
+                self.assertEqual(1, file.read().count('only follows'))
+            self.address, self.log = address, log
+            last = self.request()   # the other is not silenced
+            base.wait_until(lambda: self._has(subscriber, last), 'it arrives')
+
+    def test_monkey_patched_worker_does_not_lead(self):
+        self.need('eventlet')
+        self.serve(*self.uwsgi(processes=1), WSGI_APP_PATCHED='1')
+        for _ in range(3):
+            self.request()
+        self.assertFalse(os.path.exists(self.path))
+        leader = self.publisher()
+        leader.wait_log('served')
+        subscriber = self.subscribe()
+        # It tries again once a second has passed, at a call.
+        base.wait_until(lambda: self.request() and subscriber.total,
+                        'it follows')
+        emitted = self.request()
+        base.wait_until(lambda: self._has(subscriber, emitted), 'it arrives')
+
 
 class GunicornTest(ServerTestCase):
 

@@ -25,10 +25,15 @@ import logging
 import os
 import sys
 import threading
+import time
 import uuid
 
-from oslo_config import cfg
-import oslo_messaging
+if os.environ.get('WSGI_APP_PATCHED'):
+    import eventlet  # noqa: H905
+    eventlet.monkey_patch()
+
+from oslo_config import cfg  # noqa: E402
+import oslo_messaging  # noqa: E402
 
 logging.basicConfig(level=logging.INFO, stream=sys.stderr,
                     format='%(process)d %(levelname)s %(name)s %(message)s')
@@ -57,6 +62,7 @@ def application(environ, start_response):
         import uwsgi
         emitted = uwsgi.mule_msg(b'emit')
     else:
+        time.sleep(0)       # green threads have a turn, if there are any
         emitted = emit()
     body = json.dumps(emitted).encode('ascii')
     start_response('200 OK', [('Content-Type', 'application/json'),

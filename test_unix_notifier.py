@@ -623,6 +623,25 @@ class EncodeTest(TestCase):
 
 # -- options ----------------------------------------------------------------
 
+    def test_one_payload_in_many_threads_is_no_cycle(self):
+        self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
+        sys.setswitchinterval(1e-6)
+        payload = {'deep': [[{'a': [uuid.UUID(int=1)]}]] * 50}
+        expected, found = unix_notifier._encode(message(payload)), set()
+
+        def encode():
+            for _ in range(50):
+                found.add(unix_notifier._encode(message(payload)))
+
+        threads = [threading.Thread(target=encode) for _ in range(4)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
+        self.assertEqual({expected}, found)
+        self.assertEqual({}, unix_notifier._markers)
+
+
 class OptionsTest(TestCase):
 
     def test_path_alone_is_needed(self):

@@ -3810,8 +3810,9 @@ class ListenerTest(ConsumerTestCase):
             batch_size=10, batch_timeout=0.01)) for _ in range(3)])
         self.send(3)
         batch = listener.poll(batch_size=10, batch_timeout=0.01)
+        self.patch('_REQUEUE_FIRST', 0.5)   # after the next has come
         batch[0].requeue()
-        threading.Timer(0.005, self.send, (4,)).start()
+        self.send(4)
         self.assertEqual([[4], [3]], [self.numbers(listener.poll(
             batch_size=10, batch_timeout=WAIT)) for _ in range(2)])
 

@@ -1365,18 +1365,19 @@ class _Hub:
             self._open()
         events = self._wait(limit)
         with self._turn_lock:
-            return self._work(events)
+            return self._work([(key.data, mask) for key, mask in events])
 
     def _work(self, events):
+        """Do what is to be done; events are (callback or None, mask)."""
         if self._rest is not None:
             line, sent = self._rest
             self._backlog.append(line, 1)
             for stream in self._subscribers:
                 stream.offset = sent
             self._rest = None
-        for key, mask in events:
-            if key.data is not None:
-                key.data(mask)
+        for callback, mask in events:
+            if callback is not None:
+                callback(mask)
         self._look_after_path()
         due = self._count()
         handed, self._handed = self._handed, []
@@ -2257,10 +2258,7 @@ class _RelayHub(_Hub):
                           'that runs no hub between requests, this process '
                           'only follows, and sends as it emits')
             self._open()
-            if self._uplink.sock is not None:
-                self._on_subscriber(self._uplink, selectors.EVENT_READ)
-                self._uplink.blocked = not self._uplink.greeted     # try anew
-            self._work(())
+            self._work([(self._try_uplink, 0)])
         finally:
             if done and done[0]:
                 unsaid, self._unsaid = self._unsaid, None
@@ -2268,6 +2266,11 @@ class _RelayHub(_Hub):
                 if unsaid:
                     # Not a Thread, whose start() waits for it to run.
                     _thread.start_new_thread(_log_all, (unsaid,))
+
+    def _try_uplink(self, _mask):
+        if self._uplink.sock is not None:
+            self._on_subscriber(self._uplink, selectors.EVENT_READ)
+            self._uplink.blocked = not self._uplink.greeted
 
     def _set_open(self, is_open):
         if self._uplink is not None:

@@ -877,6 +877,52 @@ class BoundTest(TestCase):
         bound.sock.listen()
         self.connect()
 
+    def test_what_was_bound_is_changed_whatever_the_name_says(self):
+        victim = os.path.join(self.dir, 'victim')
+        lock = mock.create_autospec(unix_notifier._Lock)
+
+        def link():
+            os.symlink(victim, self.path)
+
+        def old_socket():
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.bind(self.path)
+            os.utime(self.path, (0, 0))
+            os.chmod(self.path, 0o600)
+
+        def swap(put):
+            def swapped(function, *args):
+                function(*args)
+                os.rename(self.path, self.path + '.bound')
+                put()
+            return swapped
+
+        # After bind(), and after the descriptor was opened.
+        for put in link, old_socket:
+            for late in False, True:
+                touch(victim)
+                os.chmod(victim, 0o600)
+                sock = unix_notifier._unix_socket()
+                with fixtures.MonkeyPatch('os.chown', functools.partial(
+                        swap(put), os.chown) if late else os.chown):
+                    green = sock if late else mock.Mock(
+                        wraps=sock, bind=functools.partial(swap(put),
+                                                           sock.bind))
+                    try:
+                        unix_notifier._bind(green, self.path, 0o666, lock,
+                                            os.getgid())
+                        self.assertTrue(late)
+                    except OSError as error:
+                        self.assertFalse(late)
+                        self.assertNames(error, self.path)
+                sock.close()
+                self.assertEqual(0o600, stat.S_IMODE(os.stat(
+                    self.path).st_mode))
+                self.assertEqual(late, 0o666 == stat.S_IMODE(os.stat(
+                    self.path + '.bound').st_mode))
+                for name in os.listdir(self.dir):
+                    os.unlink(os.path.join(self.dir, name))
+
     def test_umask_is_neither_used_nor_touched(self):
         self.addCleanup(os.umask, os.umask(0o077))
         with fixtures.MonkeyPatch('os.umask', None):
@@ -2127,6 +2173,43 @@ class AcceptTest(HubCase):
         self.assertServed(hub, quiet)
         self.assertEqual(([], True), (talker.read(), talker.ended))
         self.assertLogged('it sent more than 65536 bytes')
+
+    def test_who_passes_descriptors_is_refused_or_cut_off(self):
+        for guarded in True, False:     # a kernel may not know of it
+            if not guarded:
+                self.patch('_guarded', lambda: False)
+            hub = self.make_hub()
+            clients = [self.connect() for _ in range(3)]
+            hub._turn(0)
+            for client in clients:
+                client.sock.send(b'x')
+            for client in *clients[1:], self.connect():
+                reading, writing = os.pipe()
+                self.addCleanup(os.close, reading)
+                try:
+                    socket.send_fds(client.sock, [b'xx'], [writing])
+                except PermissionError:
+                    self.assertTrue(guarded)
+                os.close(writing)
+                # At last, whatever closes it.
+                wait_until(lambda: hub._turn(0) or True and select.select(
+                    [reading], [], [], 0.01)[0])
+            self.assertServed(hub, clients[0])
+            self.assertEqual(1 + 3 * guarded, len(hub._subscribers))
+            hub.finish()
+
+    def test_what_comes_out_of_band_does_not_spin(self):
+        for guarded in unix_notifier._guarded, lambda: False:
+            self.patch('_guarded', guarded)
+            hub = self.make_hub()
+            client = self.connect(hub)
+            for data in b'a', b'bc':
+                client.sock.send(data, socket.MSG_OOB)
+                hub._turn(0)
+                hub._turn(0)
+                self.assertFalse(hub._turn(0))
+            self.assertServed(hub, client)
+            hub.finish()
 
     def test_gone_in_the_middle_of_a_line_parts_quietly(self):
         hub = self.make_hub()

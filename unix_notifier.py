@@ -157,6 +157,12 @@ _VISITS_NAMED = 4
 # Bytes that a subscriber may send us, who only talk.
 _DISCARD_MAX = 64 * 1024
 
+# SO_PASSRIGHTS (Linux 6.16): whether a socket may be passed descriptors, else
+# the sender gets EPERM. One that was passed and not taken is closed by whoever
+# reads or closes the socket, and to close a connection that lingers takes as
+# long as its other end likes.
+_PASSRIGHTS = 83
+
 # Seconds: how often, at most, a path in use is looked after; what is granted
 # at exit, and how much of it without any progress.
 _CHECK_INTERVAL = 1
@@ -644,14 +650,21 @@ def _bind(sock, path, mode, lock, gid=None, backlog=None):
     :param backlog: that it is to listen with, at last
     :raises: OSError, naming the path; nothing is left behind
     """
-    bound = None
+    bound = file = None
     try:
         sock.setblocking(False)
+        now = time.time()
         sock.bind(path)
-        bound = _Bound(path, sock, _identity(os.lstat(path)))
+        # Of what was bound, not of what the name says by now: whoever may
+        # write to the directory may have made it a link to another file.
+        file = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        bound = _Bound(path, sock, _new_socket(os.fstat(file), now))
+        name = '/proc/self/fd/%d' % file
+        if not os.path.lexists(name):
+            raise OSError(errno.ENOENT, 'no /proc, by which to set its mode')
         if gid is not None:     # a sandbox may forbid even to change nothing
-            os.lchown(path, -1, gid)
-        os.chmod(path, mode)
+            os.chown(name, -1, gid)
+        os.chmod(name, mode)
         lock.write([bound])
         if backlog is not None:
             sock.listen(backlog)
@@ -661,6 +674,18 @@ def _bind(sock, path, mode, lock, gid=None, backlog=None):
             bound.unlink()
         sock.close()
         raise OSError(error.errno, error.strerror, path)
+    finally:
+        if file is not None:
+            os.close(file)
+
+
+def _new_socket(info, now):
+    """The identity of a socket that we have just bound; else an OSError."""
+    # The clock of a file system may be behind, by a second if it is coarse.
+    if not (stat.S_ISSOCK(info.st_mode) and info.st_uid == os.geteuid()
+            and info.st_mtime > now - 1):
+        raise OSError(errno.EEXIST, 'replaced as it was bound')
+    return _identity(info)
 
 
 def _is_socket(path):
@@ -891,7 +916,17 @@ class _Subscriber:
     def listen(self):
         """Discard what the peer sent; why it must part, or None."""
         try:
-            data = self.sock.recv(_DISCARD_MAX)
+            size = _DISCARD_MAX
+            if not _guarded():
+                # What is out of band could not be peeked, nor be waited for.
+                self.sock.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+                peeked, _, flags, _ = self.sock.recvmsg(
+                    size, 0, socket.MSG_PEEK)   # with no room for descriptors
+                if flags & socket.MSG_CTRUNC:
+                    return 'it sent descriptors'
+                size = len(peeked)
+            data = self.sock.recv(size)
         except BlockingIOError:
             return None
         except OSError:
@@ -1578,7 +1613,7 @@ class _Hub:
         # would be reported here for ever.
         self._unwatch(bound.sock)
         bound.unlink()
-        bound.sock.close()
+        _close(bound.sock)
 
     def _watch(self, sock, callback=None, mask=selectors.EVENT_READ):
         """Without a callback it only ends the wait."""
@@ -1874,12 +1909,26 @@ def _starves():
         and getattr(sys.modules['uwsgi'], 'loop', None) is None))
 
 
+@functools.cache
+def _guarded():
+    """Whether sockets can refuse to be passed descriptors, and so do ours."""
+    try:
+        with _no_fork, socket.socket(socket.AF_UNIX) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, _PASSRIGHTS, 0)
+    except OSError:
+        return False
+    return True
+
+
 def _unix_socket(fileno=None):
     # In full even with a fileno, for a green socket does not ask the kernel.
     # One with a fileno does not block.
-    return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM if fileno is None
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM if fileno is None
                          else socket.SOCK_STREAM | socket.SOCK_NONBLOCK,
                          fileno=fileno)
+    if fileno is None and _guarded():   # whom it accepts is, too
+        sock.setsockopt(socket.SOL_SOCKET, _PASSRIGHTS, 0)
+    return sock
 
 
 def _accept(sock):
@@ -1899,7 +1948,20 @@ def _hang_up(sock):
     Without giving up the GIL, as _accept().
     """
     _libc.shutdown(sock.fileno(), socket.SHUT_RDWR)     # the peer may be first
-    _libc.close(sock.detach())
+    _close(sock)
+
+
+def _close(sock):
+    """Close it: in a thread if that may close what it was passed.
+
+    Not in one of Python's, of which eventlet makes green ones.
+    """
+    thread, fd = ctypes.c_ulong(), sock.detach()
+    if _guarded() or _libc.pthread_create(
+            ctypes.byref(thread), None, _libc.close, ctypes.c_void_p(fd)):
+        _libc.close(fd)
+    else:
+        _libc.pthread_detach(thread)
 
 
 # -- the driver -------------------------------------------------------------
@@ -2382,7 +2444,7 @@ class _RelayHub(_Hub):
 
     def _follow(self, error):
         """Connect to the leader, who answers with a hello; or raise."""
-        sock = self._own(_unix_socket)
+        sock = self._own(socket.socket, socket.AF_UNIX)     # is passed two
         try:
             sock.setblocking(False)
             sock.connect(self._relay_path)
@@ -2510,7 +2572,7 @@ class _RelayHub(_Hub):
         """
         with contextlib.suppress(BlockingIOError):
             for _ in range(_BACKLOG + 1):
-                self._own(_accept, listener).close()
+                _hang_up(self._own(_accept, listener))
 
     def _take_over(self):
         """Lead. What the uplink is owed goes to those who wait."""
@@ -2560,7 +2622,7 @@ class _RelayHub(_Hub):
         try:
             follower = _Follower(sock, self._check_peer(sock))
         except OSError:
-            sock.close()
+            _hang_up(sock)
             return
         self._followers[follower] = None
         self._watch(sock, functools.partial(self._on_follower, follower))

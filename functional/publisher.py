@@ -248,7 +248,7 @@ class Service:
         """
         def hook(event, arguments):
             if event in ('socket.bind', 'os.chmod', 'os.chown') and (
-                    path in arguments):
+                    path in map(_real_path, arguments)):
                 with socket.socket(socket.AF_UNIX) as sock:
                     code = sock.connect_ex(path)
                 with open('/proc/self/status') as lines:
@@ -349,6 +349,11 @@ class Service:
                     'raise': _raise,
                     '_exit': lambda: os._exit(0),
                     'kill': lambda: signal.raise_signal(signal.SIGKILL)}[how]
+
+
+def _real_path(argument):
+    # The last of /proc/self/fd/N is no name, so it need not be any's.
+    return os.path.realpath(argument) if isinstance(argument, str) else None
 
 
 def _raise():

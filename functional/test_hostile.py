@@ -18,6 +18,7 @@ log lines: a subscriber that does no harm would miss something, the loop would
 take a whole core, or the log would grow by a line for each connection.
 """
 
+import os
 import signal
 import socket
 import subprocess
@@ -100,3 +101,59 @@ class FloodTest(base.RelayTestCase):
         for sock in sockets:
             sock.settimeout(base.PATIENCE)
             self.assertIn(b'"test.event"', sock.recv(base.MIB))
+
+
+class DescriptorTest(base.RelayTestCase):
+
+    """Somebody passes a descriptor, here a harmless one, which nobody takes.
+
+    Whoever read or closed the socket would close that, too: in the loop,
+    and for as long as it takes.
+    """
+
+    def setUp(self):
+        super().setUp()
+        with socket.socket(socket.AF_UNIX) as sock:
+            try:
+                sock.setsockopt(socket.SOL_SOCKET, 83, 0)
+            except OSError:
+                self.skipTest('needs SO_PASSRIGHTS, of Linux 6.16')
+
+    def assert_not_taken(self, sock):
+        with open(os.devnull) as file:
+            self.assertRaises(PermissionError, socket.send_fds, sock, [b'x'],
+                              [file.fileno()])
+
+    def connect(self, path):
+        sock = socket.socket(socket.AF_UNIX)
+        self.addCleanup(sock.close)
+        sock.connect(path)
+        return sock
+
+    def test_leader_takes_none(self):
+        leader, follower = self.start_workers(2)
+        subscriber = self.subscribe()
+        self.assert_complete(subscriber, 0)
+        base.stop(leader.pid)
+        waiting = [self.connect(self.path + suffix)
+                   for suffix in ('', '.relay')]
+        for sock in subscriber.sock, *waiting:
+            self.assert_not_taken(sock)
+        leader.kill(signal.SIGCONT)
+        waiting[0].settimeout(base.PATIENCE)
+        follower.ask('emit', count=1)       # which was passed two itself
+        self.assert_complete(subscriber, 1)
+        self.assertIn(b'"test.event"', waiting[0].recv(base.MIB))
+        for sock in subscriber.sock, waiting[0]:
+            self.assert_not_taken(sock)
+
+    def test_consumer_takes_none(self):
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.settimeout(base.PATIENCE)
+            listener.bind(self.path)
+            listener.listen()
+            self.client([sys.executable, '-W', 'ignore', '-m',
+                         'unix_notifier', self.path])
+            sock = listener.accept()[0]
+            self.addCleanup(sock.close)
+            self.assert_not_taken(sock)

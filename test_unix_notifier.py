@@ -758,6 +758,19 @@ class LockTest(TestCase):
         self.assertEqual(errno.EAGAIN, self.assertNotAcquired(
             BlockingIOError, 'process %d' % os.getpid(), self.path))
 
+    def test_who_may_but_read_it_can_hold_it(self):
+        fd = os.open(self.path, os.O_RDONLY | os.O_CREAT, 0o600)
+        self.addCleanup(os.close, fd)
+        for pid, text in ((b'7', 'last owner was process 7'),
+                          (b'null', 'unknown'), (b'"\\u001b[1m"', 'unknown'),
+                          (b'9' * 4000, 'unknown'), (b'[7]', 'unknown')):
+            lock = self.held()
+            os.pwrite(lock.fd, b'{"pid": %s}' % pid, 0)
+            lock.close()
+            fcntl.flock(fd, fcntl.LOCK_SH)
+            self.assertNotAcquired(BlockingIOError, text, self.path)
+            fcntl.flock(fd, fcntl.LOCK_UN)
+
     def test_closed_lock_is_free_and_stays(self):
         self.held().close()
         self.assertTrue(os.path.exists(self.path))
@@ -778,7 +791,8 @@ class LockTest(TestCase):
     def test_garbage_reads_as_nothing(self):
         lock = self.held()
         for garbage in (b'', b'\xff\xfe', b'{"pid": 1', b'[1]', b'7', b'null',
-                        b'"text"', b'[[[], 1]]', b'x' * 9000):
+                        b'"text"', b'[[[], 1]]', b'x' * 9000, b'[' * 4096,
+                        b'{"a":' * 800, b'1' * 4096):
             os.ftruncate(lock.fd, 0)
             os.pwrite(lock.fd, garbage, 0)
             self.assertEqual({}, lock.read())
@@ -2369,7 +2383,8 @@ class PathTest(HubCase):
     def test_held_path_is_taken_over_once_it_is_free(self):
         first = self.make_hub()
         with self.trouble(self.make_hub(False), self.path + '.lock',
-                          'held by process %d' % os.getpid()):
+                          'held; its last owner was process %d'
+                          % os.getpid()):
             first.finish()
 
     @as_root
@@ -2464,7 +2479,7 @@ class PathTest(HubCase):
         os.unlink(self.path + '.lock')
         other = unix_notifier._Lock(self.path + '.lock')
         other.acquire()
-        with self.trouble(hub, 'held by process'):
+        with self.trouble(hub, 'held; its last owner'):
             self.assertServed(hub, client, self.connect(hub))
             other.close()
         self.assertLogged('served with')
@@ -3469,10 +3484,11 @@ class RelayPathTest(RelayCase):
         self.assertEqual(b'', stranger.recv(100))
         self.assertLogged('uid %d: not trusted' % NOBODY)
 
-    def test_nonsense_is_named_and_cut_off(self):
+    def test_nonsense_is_named_once_and_cut_off(self):
         leader, _ = self.make_pair()
         for text in (b'GET / HTTP/1.1\n', b'unix-notifier relay 1\n-x y\n',
-                     b'unix-notifier relay 1\n-1\n', b'x' * 5000):
+                     b'unix-notifier relay 1\n-1\n', b'unix-notif',
+                     b'x' * 5000):
             peer = socket.socket(socket.AF_UNIX)
             self.addCleanup(peer.close)
             peer.connect(self.path + '.relay')
@@ -3481,9 +3497,91 @@ class RelayPathTest(RelayCase):
             self.assertTrue(peer.recv(1000).startswith(unix_notifier._HELLO))
             with contextlib.suppress(ConnectionResetError):
                 self.assertEqual(b'', peer.recv(1000))
-        for text in ('GET / HTTP', 'x\' is no number', 'not enough values',
-                     "b'' is not"):
-            self.assertLogged(text)
+        self.assertLogged('relay refused: pid %d, uid %d: b\'GET / HTTP' % (
+            os.getpid(), os.getuid()))
+        self.assertLogged('relay refused')
+
+
+class RelayWordsTest(RelayCase):
+
+    """Relay: what the other side may say."""
+
+    def test_losses_that_stand_together_make_one_record(self):
+        one = line(0)
+        for block, expected in (
+                (b'', []), (one, [(1, 0)]), (one * 3, [(3, 0)]),
+                (b'-5 late\n', [(0, 5)]), (b'-0 look\n' * 9, []),
+                (b'-1 a\n-0 z\n-3 b\n', [(0, 4)]),
+                (one + b'-1 a\n-1 a\n' + one * 2 + b'-2 b\n',
+                 [(1, 0), (0, 2), (2, 0), (0, 2)]),
+                (b'-1 x\n' * 50000, [(0, 50000)]),
+                (b'-%s x\n' % (b'9' * 18) * 2, [(0, 10 ** 18 - 1)]),
+                # Where there are too many places, at the first.
+                ((b'{}\n-1 x\n') * 50000, [(0, 50000), (50000, 0)])):
+            chunks = list(unix_notifier._chunks(block))
+            self.assertEqual(expected, [each[1:] for each in chunks])
+            for data, lines, lost in chunks:
+                self.assertEqual(lines or 1, data.count(b'\n'))
+                if lost:
+                    self.assertEqual(lost, parse(data)['payload']['lost'])
+        data, = (data for data, _, _ in unix_notifier._chunks(
+            b'-0 look\n-1 less\n-2 more\n'))
+        self.assertEqual('more', parse(data)['payload']['reason'])
+
+    def test_nonsense_costs_nothing_that_precedes_it(self):
+        for nonsense in (b'-\n', b'-1\n', b'-x y\n', b'--1 y\n', b'-1 \xff\n',
+                         b'-1 \x1b[1m\n', b'-1 %s\n' % (b'y' * 81),
+                         b'-%s y\n' % (b'9' * 19), b'-\xc2\xb2 y\n',
+                         b'-%s y\n' % (b'9' * 5000)):
+            chunks = []
+            error = self.assertRaises(
+                ValueError, chunks.extend,
+                unix_notifier._chunks(line(0) + nonsense + line(1)))
+            self.assertEqual([(line(0), 1, 0)], chunks)
+            self.assertTrue(str(error).isprintable())
+            self.assertLess(len(str(error)), 500)
+
+    def test_leader_that_says_no_hello_is_gone_and_is_told_of_once(self):
+        lock = unix_notifier._Lock(self.path + '.lock')
+        self.addCleanup(lock.close)
+        lock.acquire()
+        relay = listen(self.path + '.relay')
+        self.addCleanup(relay.close)
+        follower = self.make_newcomer(self.make_settings())
+        event, file = unix_notifier._Event(), open(self.path, 'w+')
+        self.addCleanup(file.close)
+        hello = unix_notifier._HELLO
+        good = hello + b' [1, 2, 3]\n'
+        before = None
+        for data, passed in (
+                (hello, [relay, event]), (good, []), (good, [relay]),
+                (good, [file, event]), (good, [file, file]),
+                (hello + b' [1, 2\n', [relay, event]),
+                (hello + b' [1, 2]\n', [relay, event]),
+                (hello + b' [1, "2", 3]\n', [relay, event]),
+                (hello + b' {}\n', [relay, event]),
+                (hello + b' ' + b'[' * 4000 + b'\n', [relay, event]),
+                (good[:9], [relay, event]), (b'x' * 5000, [relay] * 9)):
+            follower.look_again()
+            with relay.accept()[0] as leader:
+                leader.settimeout(WAIT)
+                socket.send_fds(leader, [data], [
+                    each.fileno() for each in passed])
+                self.step(follower)
+                with contextlib.suppress(ConnectionResetError):
+                    while leader.recv(100):
+                        pass
+            self.assertFalse(follower._uplink.greeted)
+            before = before or open_files()
+            self.assertEqual(before, open_files())
+        self.assertLogged('relay refused: the leader, pid %d' % os.getpid())
+        self.assertLogged('Traceback', 0)
+        follower.look_again()
+        with relay.accept()[0] as leader:
+            socket.send_fds(leader, [good], [relay.fileno(), event.fileno(),
+                                             file.fileno()])
+            self.step(follower)
+            self.assertTrue(follower._uplink.greeted)
 
 
 # ---------------------------------------------------------------------------

@@ -572,9 +572,12 @@ class _Lock:
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            owner = self.read().get('pid', 'unknown')
+            # By whoever can open it, if only to read.
+            owner = self.read().get('pid')
+            known = isinstance(owner, int) and owner < 2 ** 32
             raise BlockingIOError(
-                error.errno, 'held by process %s' % owner, self.path)
+                error.errno, 'held; its last owner was process %s'
+                % (owner if known else 'unknown'), self.path)
         if not self.intact():
             raise BlockingIOError(
                 errno.EAGAIN, 'replaced as we took it', self.path)
@@ -583,7 +586,7 @@ class _Lock:
         """What the last owner left: its pid, identities by path."""
         try:
             return dict(json.loads(os.pread(self.fd, 4096, 0)))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             return {}   # new, or its owner died as it wrote
 
     def write(self, bound):
@@ -2141,26 +2144,40 @@ _PATIENCE = 20
 _LED = (errno.EAGAIN, errno.EPERM, errno.EACCES, errno.EADDRINUSE)
 
 
+# What a leader says; control lines that stand together, and each of them.
+_WELCOME = re.compile(_HELLO + rb' \[(\d+), (\d+), (\d+)\]\n')
+_LOSSES = re.compile(rb'^(?:-\d{1,18} [ -~]{0,80}\n)++', re.MULTILINE)
+_LOSS = re.compile(rb'-(\d+) (.*)\n')
+
+# Places at which what a follower sends at a time may have records, which take
+# 40 us each. Who drops lines takes a turn between two, so there are fewer.
+_GAPS_MAX = 256
+
+
 def _chunks(block):
     """Whole lines of a follower as chunks: (data, lines, lost).
 
-    A ValueError: it speaks nonsense.
+    Losses that stand together make one record. A ValueError, once what
+    precedes it was given: it speaks nonsense.
     """
-    chunks, start = [], 0
+    if block.count(b'\n-') > _GAPS_MAX:
+        block = b''.join(_LOSSES.findall(block)) + _LOSSES.sub(b'', block)
+    start = 0
     while start < len(block):
-        if not block.startswith(b'-', start):
-            end = block.find(b'\n-', start) + 1 or len(block)
-            chunks.append((block[start:end], block.count(b'\n', start, end),
-                           0))
+        losses = _LOSSES.match(block, start)
+        if losses:
+            end = losses.end()
+            each = [(int(lost), reason)
+                    for lost, reason in _LOSS.findall(losses[0])]
+            lost = min(sum(lost for lost, _ in each), 10 ** 18 - 1)
+            if lost:
+                yield _lost_record(lost, max(each)[1].decode()), 0, lost
+        elif block.startswith(b'-', start):
+            raise ValueError('%r is no loss' % block[start:start + 80])
         else:
-            end = block.index(b'\n', start) + 1
-            lost, reason = block[start + 1:end - 1].decode().split(' ', 1)
-            if not lost.isdigit():
-                raise ValueError('%r is no number' % lost)
-            if int(lost):
-                chunks.append((_lost_record(int(lost), reason), 0, int(lost)))
+            end = block.find(b'\n-', start) + 1 or len(block)
+            yield block[start:end], block.count(b'\n', start, end), 0
         start = end
-    return chunks
 
 
 class _Uplink(_Subscriber):
@@ -2255,7 +2272,8 @@ class _Follower:
         """Chunks that have come. An OSError, or EOFError: it is gone.
 
         A line without its end is dropped: the follower sends it again, to
-        the next leader, or was killed. A ValueError: it speaks nonsense.
+        the next leader, or was killed. A ValueError, perhaps once some were
+        taken, which extends a list by those: it speaks nonsense.
         """
         block = self._buffer.receive(self.sock)
         if not self._greeted:   # which comes in one piece, as it was sent
@@ -2282,7 +2300,7 @@ class _RelayHub(_Hub):
         self._relay = None      # what followers connect to
         self._followers = {}    # an ordered set
         self._patience = _PATIENCE  # how often more it waits for readers
-        self._strangers = set()     # peers already logged
+        self._strangers = collections.deque(maxlen=64)  # logged already
 
     def start(self):
         """Start the loop, but not in uWSGI's master, or what will be it.
@@ -2475,41 +2493,55 @@ class _RelayHub(_Hub):
         if os.geteuid() == 0:   # who only follows: see _Lock
             trusted.add(os.stat(os.path.dirname(self.settings.path)).st_uid)
         if uid not in trusted:
-            self._log_stranger(who + ': not trusted')
+            self._log_stranger(who, 'not trusted')
             raise PermissionError
         return who
 
-    def _log_stranger(self, text):
-        if text not in self._strangers:
-            self._strangers.add(text)
-            self._say(logging.WARNING, 'relay refused: %s', text)
+    def _log_stranger(self, who, why):
+        """Once for each process, whatever it comes up with."""
+        if who not in self._strangers:
+            self._strangers.append(who)
+            self._say(logging.WARNING, 'relay refused: %s: %s', who, why)
 
     def _on_leader(self):
         """Hear a hello, again when the listener is new; or why to part."""
         # Open, for a new hello is one of the things that the gate looks at.
         gate, self._gate = self._gate, _Gate(_keep_all, True)
         try:
-            with _no_fork:
-                data, fds, _, _ = socket.recv_fds(self._uplink.sock, 4096, 2)
-                for fd in fds:
-                    os.set_inheritable(fd, False)   # recv_fds cannot be told
-                passed = list(map(self._own, (_unix_socket, _Event), fds))
+            hello = self._hear()
         except BlockingIOError:     # see _Event.clear()
             self._gate = gate
             return None
         except OSError:
             return 'it is gone'
-        if data.startswith(_HELLO + b' ') and len(passed) == 2:
-            self._greeted(json.loads(data[len(_HELLO):]), *passed)
-            return None
-        for each in passed:
-            each.close()
-        if data:
-            # Without its descriptors, if we are out of them.
-            self._log_stranger(
-                '%s: %r is not the protocol %r, with two descriptors' % (
-                    self._uplink.who, data[:80], _HELLO))
-        return 'it is gone'
+        except ValueError as error:
+            self._log_stranger(self._uplink.who, error)
+            return 'it is gone'
+        self._greeted(*hello)
+        return None
+
+    def _hear(self):
+        """The identity of a listener, the listener, and the presence.
+
+        A ValueError: it is no hello that comes. An OSError: nothing does.
+        """
+        with _no_fork:
+            data, fds, _, _ = socket.recv_fds(self._uplink.sock, 4096, 2)
+            for fd in fds:
+                os.set_inheritable(fd, False)   # recv_fds cannot be told
+            hello = _WELCOME.fullmatch(data)
+            if hello and len(fds) == 2:
+                with contextlib.suppress(OSError):      # it is no socket
+                    return (list(map(int, hello.groups())),
+                            self._own(_unix_socket, fds[0]),
+                            self._own(_Event, fds[1]))
+            for fd in fds:
+                os.close(fd)
+        if not data:
+            raise ConnectionResetError
+        # Without its descriptors, if we are out of them.
+        raise ValueError('%r is not the protocol %r, with two descriptors' % (
+            data[:80], _HELLO))
 
     def _greeted(self, identity, sock, presence):
         sock.setblocking(False)
@@ -2647,7 +2679,7 @@ class _RelayHub(_Hub):
         except (OSError, EOFError):
             self._dismiss(follower)
         except ValueError as error:
-            self._log_stranger('%s: %s' % (follower.who, error))
+            self._log_stranger(follower.who, error)
             self._dismiss(follower)
 
     def _dismiss(self, *followers):

@@ -45,7 +45,8 @@ import publisher
 publisher.main()
 """
 # A leader as far as others can see, of the user in the second argument. It
-# answers each follower with what comes from stdin, and tells what it got.
+# answers each follower with what comes from stdin, and as many descriptors of
+# a file as the third says, and tells what it got.
 FAKE = """
 import fcntl, os, socket, sys, time
 path, uid = sys.argv[1], int(sys.argv[2])
@@ -63,7 +64,7 @@ while True:
     sock = listener.accept()[0]
     try:
         if answer:
-            sock.sendall(answer)
+            socket.send_fds(sock, [answer], [lock] * int(sys.argv[3]))
         print(repr(sock.recv(1000)), flush=True)
     except OSError as error:
         print(repr(error), flush=True)
@@ -312,6 +313,20 @@ class ProtocolTest(PeersTestCase):
         sock.close()
         self.assert_heard([leader], self.subscribe())
 
+    def test_losses_without_end(self):
+        leader = self._leader()
+        subscriber = self.subscribe()
+        sock = self._connect()
+        sock.sendall(HELLO + b'-1 stalled\n' * 50000 + LINE
+                     + b'-%s stalled\n' % (b'9' * 19))
+        with contextlib.suppress(ConnectionResetError):
+            self.assertEqual(b'', sock.recv(1000))
+        subscriber.wait(50001)
+        self.assertEqual((1, 50000), (subscriber.received, subscriber.lost))
+        self.assertLess(len(subscriber.reasons), 1000)
+        self.assertEqual(1, len(leader.log('relay refused')))
+        self.assert_heard([leader], subscriber)
+
     def test_endless_line(self):
         leader = self._leader()
         before = base.memory(leader.pid)
@@ -376,19 +391,28 @@ class ProtocolTest(PeersTestCase):
         self._assert_calm([late, other])
         self.assert_heard([other])
 
-    def test_leader_that_talks_nonsense(self):
-        fake = self.start(FAKE, self.path, '%d' % os.geteuid())
-        fake.stdin.write('hello\n')
+    def _assert_not_followed(self, answer, descriptors=0):
+        fake = self.start(FAKE, self.path, '%d' % os.geteuid(),
+                          '%d' % descriptors)
+        fake.stdin.write(answer)
         fake.stdin.close()
         base.wait_until(lambda: os.path.exists(self.relay), 'relay')
         service = self.publisher()
         service.wait_log('protocol')
+        before = base.descriptors(service.pid)
         service.ask('emit', count=10)
         self._assert_calm([service])
+        self.assertLess(base.descriptors(service.pid), before + 3)
         self.assertEqual(1, len(service.log('protocol')))
         fake.kill()
         fake.wait()
         self.assert_heard([service])
+
+    def test_leader_that_talks_nonsense(self):
+        self._assert_not_followed('hello\n')
+
+    def test_leader_that_passes_what_is_no_socket(self):
+        self._assert_not_followed(HELLO.decode().strip() + ' [1, 2, 3]\n', 2)
 
 
 class CopyTest(PeersTestCase):

@@ -620,9 +620,6 @@ class EncodeTest(TestCase):
                             uuid.UUID(second['message_id']))
         datetime.datetime.fromisoformat(first['timestamp'])
 
-
-# -- options ----------------------------------------------------------------
-
     def test_one_payload_in_many_threads_is_no_cycle(self):
         self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
         sys.setswitchinterval(1e-6)
@@ -641,6 +638,8 @@ class EncodeTest(TestCase):
         self.assertEqual({expected}, found)
         self.assertEqual({}, unix_notifier._markers)
 
+
+# -- options ----------------------------------------------------------------
 
 class OptionsTest(TestCase):
 

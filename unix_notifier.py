@@ -1891,25 +1891,9 @@ class _Hub:
         self._close_files()
 
 
-def _log_all(records):
-    for record in records:
-        LOG.log(*record)
-
-
 def _is_patched():
     """Whether threads are green: to sleep is to let others run."""
     return not isinstance(time.sleep, types.BuiltinFunctionType)
-
-
-def _starves():
-    """Whether a loop would stand still between two requests.
-
-    It would be a green thread, and nobody runs those there, unless uWSGI has
-    a loop engine, such as gevent's.
-    """
-    return _is_patched() and ('mod_wsgi' in sys.modules or (
-        'uwsgi' in sys.modules
-        and getattr(sys.modules['uwsgi'], 'loop', None) is None))
 
 
 @functools.cache
@@ -2283,6 +2267,22 @@ class _Follower:
                     hello[:80], _HELLO))
             self._greeted = True
         return _chunks(block)
+
+
+def _starves():
+    """Whether a loop would stand still between two requests.
+
+    It would be a green thread, and nobody runs those there, unless uWSGI has
+    a loop engine, such as gevent's.
+    """
+    return _is_patched() and ('mod_wsgi' in sys.modules or (
+        'uwsgi' in sys.modules
+        and getattr(sys.modules['uwsgi'], 'loop', None) is None))
+
+
+def _log_all(records):
+    for record in records:
+        LOG.log(*record)
 
 
 class _RelayHub(_Hub):

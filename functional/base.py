@@ -512,6 +512,15 @@ def leader_pid(path):
         return None     # nobody, or it is being written
 
 
+def wait_heir(path, pid):
+    """Wait until another process than the one that was killed leads.
+
+    Who connects sooner waits at the dead one's listener, and is let go.
+    """
+    wait_until(lambda: leader_pid(path) not in (None, pid),
+               'another than %d leads' % pid)
+
+
 class FunctionalTestCase(base.BaseTestCase):
 
     """Gives each test a directory, publishers and subscribers."""

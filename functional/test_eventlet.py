@@ -178,6 +178,7 @@ class EventletTest(base.FunctionalTestCase):
         parent.kill()
         subscriber.wait_end()
         # One of the children leads now.
+        base.wait_heir(self.path, parent.pid)
         heir = self.subscribe()
         for child in children:
             child.ask('emit', count=100)
@@ -240,6 +241,7 @@ class EventletTest(base.FunctionalTestCase):
         self.assert_complete(subscriber, 2000)
         publishers[0].kill()
         subscriber.wait_end()
+        base.wait_heir(self.path, publishers[0].pid)
         heir = self.subscribe()
         publishers[1].ask('emit', count=1000)
         self.assert_complete(heir, 1000)

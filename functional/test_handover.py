@@ -126,10 +126,7 @@ class HandoverTest(base.RelayTestCase):
                         lambda: 'notifications of %s' % missing())
 
     def _subscribe_to_next(self, workers):
-        """Connect once one of them has taken over from who was killed.
-
-        Who is there sooner waits at the dead one's listener, and is let go.
-        """
+        """Connect once one of them has taken over: see base.wait_heir()."""
         self.wait_leader(workers)
         return self.subscribe()
 

@@ -229,8 +229,13 @@ class RootTest(PeersTestCase):
             leader.kill()
             leader.wait_exit()
             root.ask('emit', count=10)
-            self.assert_complete(waiting, 10)
+            waiting.wait_end()
             waiting.close()
+            base.wait_heir(self.path, leader.pid)
+            with contextlib.closing(self.subscribe()) as subscriber:
+                root.ask('emit', count=10)
+                # It may get some that were on their way, too.
+                subscriber.wait(10)
             workers.append(self.publisher(uid=base.NOBODY))
 
     def test_foreign_follower_is_told_nothing(self):

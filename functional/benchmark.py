@@ -27,6 +27,8 @@ status is 0. How it measures:
   machine cancels; the first round is for warming up. Printed are the median
   of the rounds, the lowest and the highest. On a machine that is busy with
   other things even ratios mean little.
+* With ``--against`` an older build does its part as well, in processes that
+  find it first, and what this build costs is given as a ratio to that.
 * The subscribers of a publisher share one process, which waits for all of
   them at once and only counts, or looks at time stamps. A hundred Python
   processes on a few cores would measure the scheduler.
@@ -38,6 +40,7 @@ rows as those in POINTS.
 import argparse
 import collections
 import contextlib
+import functools
 import glob
 import itertools
 import json
@@ -47,6 +50,7 @@ import platform
 import signal
 import socket
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -60,17 +64,20 @@ import peers
 import unix_notifier
 
 COUNTS = 1, 10, 100     # subscribers
-BURST = 2000            # calls, of which nothing is lost
+BURST, BURSTS = 2000, 5     # calls, of which nothing is lost; in a round
 PACED, RATE = 500, 1000     # calls, at so many a second
-BUSY, BUSY_RATE = 20, 50    # the same, beside a busy thread
-MANY = 20000            # calls flat out
+BUSY, BUSY_RATE = 200, 50   # the same, beside a busy thread
+MANY, FLATS = 20000, 2  # calls flat out; in a round
 LAG = 200000            # calls while a subscriber does not read
+JOINS, JOINED = 200, (6000, 2000)   # while so many come, at so many a second
 IDLE = 10               # seconds
+# How a process is gone, after how many calls, and how often that is tried.
+ENDS, LAST, ACTS = ('os._exit', 'SIGKILL', 'SIGTERM'), (1, 5, 20), 50
 WORKERS = 8             # processes that share a path
 BUFFER = 8 * peers.MIB
 # What subscribers may come to at any time, and what does not wait for one that
 # stops to read, as the floor and a SocketHandler do for ever.
-QUEUES = *peers.OURS, 'zmq', 'nng'
+QUEUES = *peers.ALL_OURS, 'zmq', 'nng'
 
 _CONTEXT = multiprocessing.get_context('spawn')
 
@@ -80,10 +87,16 @@ _CONTEXT = multiprocessing.get_context('spawn')
 class Remote:
     """An object in a process of its own, whose methods are called here."""
 
-    def __init__(self, cls):
+    def __init__(self, cls, path=()):
+        """Start it.
+
+        :param path: what comes first in its sys.path
+        """
         self._pipe, theirs = _CONTEXT.Pipe()
         self.process = _CONTEXT.Process(target=_serve, args=(cls, theirs))
+        sys.path[:0] = path     # which is passed on
         self.process.start()
+        del sys.path[:len(path)]
         theirs.close()      # so that its end is noticed
 
     def __getattr__(self, name):
@@ -128,8 +141,17 @@ class Bench(contextlib.ExitStack):
         """Another, whose processes are gone sooner."""
         return Bench(self.rounds)
 
-    def remote(self, cls):
-        return self.enter_context(contextlib.closing(Remote(cls)))
+    def remote(self, cls, system=''):
+        return self.enter_context(contextlib.closing(Remote(
+            cls, [peers.old_path] if system.startswith(peers.OLD) else [])))
+
+    def publisher(self, system, path, large):
+        """What is to publish there; a follower finds a leader."""
+        if system.endswith('follower'):
+            self.remote(peers.Publisher, system).open(
+                'unix', path, 0, large)
+            peers.Unix().subscriber(path, 0).close()    # it is served
+        return self.remote(peers.Publisher, system)
 
     def pair(self, system, count, large=True):
         """A publisher and its subscribers, all of whom are seen to receive.
@@ -137,10 +159,7 @@ class Bench(contextlib.ExitStack):
         :param large: whether all of a burst has to be kept
         """
         path = self.path()
-        if system == 'follower':
-            self.remote(peers.Publisher).open('unix', path, 0, large)
-            peers.Unix().subscriber(path, 0).close()    # it is served
-        publisher = self.remote(peers.Publisher)
+        publisher = self.publisher(system, path, large)
         subscribers = self.remote(peers.Subscribers)
         publisher.begin('open', system, path, count, large)
         subscribers.begin('open', system, path, count)
@@ -157,13 +176,15 @@ class Bench(contextlib.ExitStack):
         subscribers.take(10 ** 9, 0.1)      # what came late
         return publisher, subscribers
 
-    def compare(self, cases, measure):
+    def compare(self, cases, measure, times=1):
         """What each costs, by what was measured, by label, by round.
 
         :param cases: by label, a system and a number of subscribers
         :param measure: yields (what, value) for a publisher, its subscribers
                         and their number
+        :param times: how many rounds there are in one, of what is short
         """
+        rounds = self.rounds * times
         costs = collections.defaultdict(
             lambda: collections.defaultdict(dict))
         with self.apart() as apart:
@@ -171,10 +192,11 @@ class Bench(contextlib.ExitStack):
             for label, (system, count) in cases.items():
                 progress(label)
                 pairs[label] = (*apart.pair(system, count), count)
-            for number in range(1 + self.rounds):
-                for label, pair in pairs.items():
+            for number in range(1 + rounds):
+                # By turns, for what came before may leave its traces.
+                for label, pair in list(pairs.items())[::number % 2 * 2 - 1]:
                     progress('%s, round %d of %d' % (
-                        label, number, self.rounds))
+                        label, number, rounds))
                     for what, value in measure(*pair):
                         if number:      # else it is the warm-up
                             costs[what][label][number] = value
@@ -203,6 +225,8 @@ def peak(pid, anew=False):
 
 # -- points -----------------------------------------------------------------
 
+AGAINST = ' / ' + peers.OLD     # in the name of what has a ratio
+
 Row = collections.namedtuple('Row', 'what values unit limit')
 
 
@@ -220,7 +244,8 @@ def rows(costs, unit, limits):
     """The costs, and ratios within rounds to others, with targets, if any."""
     for what, values in costs.items():
         yield Row(what, list(values.values()), unit, None)
-    for (one, other), limit in limits.items():
+    old = {(what, peers.OLD + what): None for what in costs}
+    for (one, other), limit in (limits | old).items():
         both = costs.get(one, {}).keys() & costs.get(other, {}).keys()
         if both:
             yield Row('%s / %s' % (one, other), [
@@ -267,7 +292,7 @@ def call(bench):
                 (ours, 'log unmasked, 0'): None})
         if count == 1:
             limits[ours, 'json, 0'] = 1.5
-        costs = bench.compare(chosen, burst)
+        costs = bench.compare(chosen, burst, BURSTS)
         yield from lost(costs)
         yield from rows(costs['us'], 'us', limits)
 
@@ -275,7 +300,7 @@ def call(bench):
 def crowd(bench):
     """A burst with a hundred subscribers, as against one."""
     chosen = dict(cases(['unix'], 1), **cases(['unix'], 100))
-    costs = bench.compare(chosen, burst)
+    costs = bench.compare(chosen, burst, BURSTS)
     yield from lost(costs)
     yield from rows(costs['us'], 'us', {tuple(chosen)[::-1]: 1.3})
 
@@ -284,11 +309,12 @@ def percentile(values, rank):
     return sorted(values)[len(values) * rank // 100]
 
 
-def at_rate(publisher, subscribers, count):
-    subscribers.begin('delays', PACED * count)
-    calls = publisher.paced(PACED, RATE)
+def at_rate(publisher, subscribers, count, method='paced', number=PACED,
+            rate=RATE):
+    subscribers.begin('delays', number * count)
+    calls = getattr(publisher, method)(number, rate)
     delays, got = subscribers.end()
-    yield '% lost', missed(got, PACED * count)
+    yield '% lost', missed(got, number * count)
     for what, found in ('call', calls), ('end to end', delays):
         for rank in (50, 99) if found else ():
             yield 'us, %s p%d' % (what, rank), percentile(found, rank) * 1e6
@@ -310,28 +336,20 @@ def paced(bench):
 
 
 def busy(bench):
-    """The way to subscribers from a process with a thread that never rests.
+    """The same from a process with a thread that never rests.
 
     A loop that is a thread waits for the GIL, 5 ms each time; the threads of
     ZeroMQ and nng, and a send by the caller, do not.
     """
+    measure = functools.partial(at_rate, method='beside_busy', number=BUSY,
+                                rate=BUSY_RATE)
     for count in COUNTS[:2]:
-        for system in filter(peers.available, QUEUES):
-            name = label(system, count)
-            with bench.apart() as apart:    # its thread ends with it
-                publisher, subscribers = apart.pair(system, count)
-                publisher.occupy()
-                yield Row(name, [
-                    _beside_busy(name, number, publisher, subscribers, count)
-                    for number in range(bench.rounds)],
-                    'ms, end to end p50', None)
-
-
-def _beside_busy(name, number, publisher, subscribers, count):
-    progress('%s, round %d' % (name, number + 1))
-    subscribers.begin('delays', BUSY * count)
-    publisher.paced(BUSY, BUSY_RATE)
-    return percentile(subscribers.end()[0], 50) * 1e3
+        costs = bench.compare(cases(QUEUES, count), measure)
+        yield from lost(costs)
+        for what, found in costs.items():
+            yield from rows(found, what, beside_zmq(count, {
+                'us, end to end p50': 0.8, 'us, end to end p99': 1
+            }.get(what) if count == 1 else None))
 
 
 def flat_out(publisher, subscribers, count):
@@ -348,7 +366,8 @@ def flat_out(publisher, subscribers, count):
 def throughput(bench):
     """Microseconds for a message that reaches all, flat out, none lost."""
     for count in COUNTS:
-        costs = bench.compare(cases(peers.BROADCAST, count), flat_out)
+        costs = bench.compare(cases(peers.BROADCAST, count), flat_out,
+                              FLATS)
         yield from lost(costs)
         yield from rows(costs['us/message'], 'us/message',
                         beside_zmq(count, 1 / 1.5))
@@ -429,19 +448,21 @@ def lag(bench):
     yield growth('unix', before, publisher)
 
 
-def join(bench):
-    """Milliseconds after connect() of which nothing is received, worst.
+def joining(publisher, subscribers, count):
+    publisher.begin('paced', *JOINED)
+    gaps = subscribers.join(JOINS)
+    publisher.end()
+    yield 'ms, mean', statistics.mean(gaps) * 1e3
+    yield 'ms, worst', max(gaps) * 1e3
 
-    One is emitted each half of a millisecond: as much is found at the best.
+
+def join(bench):
+    """Milliseconds after connect() of which nothing is received.
+
+    One is emitted each half of a millisecond: half of that is the best mean.
     """
-    for system in filter(peers.available, QUEUES):
-        progress(system)
-        with bench.apart() as apart:
-            publisher, subscribers = apart.pair(system, 1)
-            publisher.begin('paced', 4000, 2000)
-            gaps = subscribers.join(50)
-            publisher.end()
-            yield Row(system + ': unseen', [max(gaps) * 1e3], 'ms', None)
+    for what, found in bench.compare(cases(QUEUES, 0), joining).items():
+        yield from rows(found, what, {})
 
 
 def idle(bench):
@@ -456,6 +477,21 @@ def idle(bench):
             yield Row('%s: switches in %d s' % (system, IDLE),
                       [switches(publisher.process.pid) - before], '',
                       0 if system in peers.OURS else None)
+
+
+def last_act(bench):
+    """Per cent lost of what a process emits before it is gone at once."""
+    for system in filter(peers.available, peers.ALL_OURS):
+        with bench.apart() as apart:
+            path = apart.path()
+            publisher = apart.publisher(system, path, large=False)
+            for end, count in itertools.product(ENDS, LAST):
+                what = '%s: %d, %s' % (system, count, end)
+                progress(what)
+                got = sum(publisher.last_act(system, path, count, end)
+                          for _ in range(ACTS))
+                yield Row(what, [missed(got, ACTS * count)], '% lost',
+                          0 if system in peers.OURS else None)
 
 
 def cycle(items, count):
@@ -556,7 +592,7 @@ def consumers(bench):
 
 POINTS = {each.__name__: each
           for each in (call, crowd, paced, busy, throughput, workers, stalled,
-                       lag, join, idle, consumers)}
+                       lag, join, idle, last_act, consumers)}
 
 
 # -- output -----------------------------------------------------------------
@@ -565,16 +601,19 @@ def progress(text):
     print('  %-40s' % text, end='\r', file=sys.stderr, flush=True)
 
 
-def finish(point, row):
+def finish(point, row, tolerance):
     """A row as it is printed, with median and verdict."""
     middle = statistics.median(row.values)
+    if AGAINST in row.what and (
+            point == 'busy' or not row.unit.endswith(('p99', 'worst'))):
+        row = row._replace(limit=tolerance)
     verdict = None if row.limit is None else (
         'met' if middle <= row.limit else 'missed')
     return dict(row._asdict(), point=point, median=middle, verdict=verdict)
 
 
 def table(rows):
-    line = '%-10s  %-25s  %-24s  %-17s  %-8s  %s'
+    line = '%-10s  %-33s  %-24s  %-17s  %-8s  %s'
     yield line % ('point', 'what', 'median', 'lowest - highest', 'target',
                   'verdict')
     for row in rows:
@@ -595,16 +634,18 @@ def chart(path, rows, title):
              ('paced', 'us, call p50', 'a call at 1000/s, p50'),
              ('paced', 'us, end to end p50', 'end to end at 1000/s, p50'),
              ('throughput', 'us/message', 'a message flat out, none lost')]
+    names = list(filter(peers.available, peers.BROADCAST))
+    width = 1 / (len(names) + 1)
     figure, axes = pyplot.subplots(1, 4, figsize=(15, 4), sharey=True)
     for axis, (point, unit, what) in zip(axes, kinds):
         found = {row['what']: row['median'] for row in rows
                  if (row['point'], row['unit']) == (point, unit)}
-        for index, name in enumerate(peers.BROADCAST):
+        for index, name in enumerate(names):
             values = [found.get(label(name, count)) or 0
                       for count in COUNTS]
             if not any(values):
                 continue
-            axis.bar([at + index / 8 for at in range(3)], values, 1 / 8,
+            axis.bar([at + index * width for at in range(3)], values, width,
                      label=name)
         axis.set(title=what, yscale='log', xlabel='subscribers')
         axis.set_xticks([at + 0.3 for at in range(3)], COUNTS)
@@ -615,13 +656,28 @@ def chart(path, rows, title):
     figure.savefig(path)
 
 
-def measure(names, rounds):
+@contextlib.contextmanager
+def older(revision):
+    """A directory with the module as it was, if a revision is given."""
+    if revision is None:
+        yield None
+        return
+    source = subprocess.check_output(
+        ['git', 'show', revision + ':./../unix_notifier.py'],
+        cwd=os.path.dirname(os.path.abspath(__file__)))
+    with tempfile.TemporaryDirectory() as path:
+        with open(os.path.join(path, 'unix_notifier.py'), 'wb') as file:
+            file.write(source)
+        yield path
+
+
+def measure(names, rounds, tolerance):
     for name in names:
         print('%s: %s' % (name, POINTS[name].__doc__.splitlines()[0]),
               file=sys.stderr)
         with Bench(rounds) as bench:
             for row in POINTS[name](bench):
-                yield finish(name, Row(*row))
+                yield finish(name, row, tolerance)
         progress('')
 
 
@@ -636,16 +692,26 @@ def main():
                         help='print one JSON object for each row')
     parser.add_argument('--chart', metavar='FILE',
                         help='draw the comparison with peers, as SVG')
+    parser.add_argument('--systems', nargs='+', choices=peers.SYSTEMS,
+                        default=peers.SYSTEMS, metavar='SYSTEM',
+                        help='any of: ' + ', '.join(peers.SYSTEMS))
+    parser.add_argument('--against', metavar='REVISION', help='compare with '
+                        'this older build, too, by turns: "old"')
+    parser.add_argument('--tolerance', type=float, default=1.05,
+                        help='what the ratio to it may be: %(default)s')
     parser.add_argument('--rabbit', metavar='URL', help='compare with '
                         'RabbitMQ, too: rabbit://user:password@host:port/')
     arguments = parser.parse_args()
     if arguments.rabbit:
         os.environ[peers.RABBIT] = arguments.rabbit
+    peers.chosen.intersection_update(arguments.systems)
     done = []
-    for row in measure(arguments.only or POINTS, arguments.rounds):
-        done.append(row)
-        if arguments.json:
-            print(json.dumps(row), flush=True)
+    with older(arguments.against) as peers.old_path:
+        for row in measure(arguments.only or POINTS, arguments.rounds,
+                           arguments.tolerance):
+            done.append(row)
+            if arguments.json:
+                print(json.dumps(row), flush=True)
     machine = 'Python %s, %d cores, Linux %s; load %.1f' % (
         platform.python_version(), os.cpu_count(),
         platform.release().partition('-')[0],
@@ -654,7 +720,11 @@ def main():
         chart(arguments.chart, done, machine)
     if not arguments.json:
         print(machine)
-        print('\n'.join(table(done)))
+        ratios = [row for row in done if AGAINST in row['what']]
+        print('\n'.join(table(row for row in done if row not in ratios)))
+        if ratios:
+            print('\nThis build, as against %s' % arguments.against)
+            print('\n'.join(table(ratios)))
 
 
 if __name__ == '__main__':

@@ -33,6 +33,7 @@ import logging
 import logging.handlers
 import os
 import selectors
+import signal
 import socket
 import threading
 import time
@@ -47,6 +48,7 @@ import unix_notifier
 
 MIB = 1024 * 1024
 PATIENCE = 10           # seconds without any progress
+REST = 0.1              # seconds in which all that is under way arrives
 GROUP = 'oslo_messaging_notifications'
 # The environment variable that has the URL of RabbitMQ, for all processes.
 RABBIT = 'BENCHMARK_RABBIT_URL'
@@ -341,10 +343,18 @@ SYSTEMS = {'json': Json, 'log': Log, 'log unmasked': LogUnmasked,
            'nng': Nng}
 YARDSTICKS = 'json', 'log', 'log unmasked'
 OURS = 'unix', 'follower'
-BROADCAST = ('floor', *OURS, 'log+socket', 'zmq', 'nng', 'rabbit')
+# Another build of the driver, and where it is: the first in sys.path of the
+# processes that are to have it.
+OLD, old_path = 'old ', None
+SYSTEMS.update((OLD + name, SYSTEMS[name]) for name in OURS)
+ALL_OURS = 'unix', OLD + 'unix', 'follower', OLD + 'follower'
+BROADCAST = ('floor', *ALL_OURS, 'log+socket', 'zmq', 'nng', 'rabbit')
+chosen = set(SYSTEMS)
 
 
 def available(name, count=0):
+    if name not in chosen or name.startswith(OLD) and old_path is None:
+        return False
     if name == 'rabbit':
         return RABBIT in os.environ and count <= RABBIT_MOST
     needs = getattr(SYSTEMS[name], 'needs', None)
@@ -370,14 +380,6 @@ class Publisher:
             publish(message)
         return (time.perf_counter() - begin) / count
 
-    def occupy(self):
-        """From now on there is a thread that never rests."""
-        def run():
-            while True:
-                sum(range(100))
-
-        threading.Thread(target=run, daemon=True).start()
-
     def paced(self, count, rate):
         """Seconds for each call, at a rate; a message says when it was."""
         costs, due = [], time.perf_counter()
@@ -391,6 +393,63 @@ class Publisher:
             self._publish(stamped)
             costs.append(time.perf_counter() - begin)
         return costs
+
+    def beside_busy(self, count, rate):
+        """The same, beside a thread that never rests."""
+        done = threading.Event()
+
+        def run():
+            while not done.is_set():
+                sum(range(100))
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        costs = self.paced(count, rate)
+        done.set()
+        thread.join()
+        return costs
+
+    def last_act(self, system, path, count, end):
+        """Have a child, which was heard and then rests, emit and be gone.
+
+        :returns: how many were received
+        """
+        reading, writing = os.pipe()
+        pid = os.fork()
+        if not pid:
+            self.open(system, path, 1)
+            os.read(reading, 1)
+            self.burst(1)
+            os.read(reading, 1)
+            time.sleep(REST)
+            self._end(count, end)
+        stream, parts, got = SYSTEMS[system](), [], -1
+        with stream.subscriber(path, 0) as sock:
+            os.write(writing, b'-')
+            sock.settimeout(PATIENCE)
+            while got < 0:
+                got += stream.receive(sock, parts)[0]
+            os.write(writing, b'-')
+            os.waitpid(pid, 0)
+            sock.settimeout(REST)
+            with contextlib.suppress(EOFError, TimeoutError):
+                while got < count:
+                    got += stream.receive(sock, parts)[0]
+        os.close(reading)
+        os.close(writing)
+        return got
+
+    def _end(self, count, end):
+        def act(*_arguments):
+            self.burst(count)
+            if end == 'SIGKILL':
+                os.kill(os.getpid(), signal.SIGKILL)
+            os._exit(0)
+
+        if end == 'SIGTERM':    # as nova-compute and cotyledon's workers
+            signal.signal(signal.SIGTERM, act)
+            os.kill(os.getpid(), signal.SIGTERM)
+        act()
 
 
 class Subscribers:

@@ -2156,6 +2156,29 @@ class AcceptTest(HubCase):
         hub._turn(0)
         self.assertServed(hub, second, self.connect(hub))
 
+    def test_users_share_the_places(self):
+        hub = self.make_hub(sock_max_subscribers=5)
+        uids = iter((1, 1, 1, 1, 1, 2, 2, 2, 3, 1))
+        self.patch('_peer', lambda sock: (12, next(uids)))
+        ones = [self.connect(hub) for _ in range(5)]
+        self.emit(hub, range(1), size=1 << 20)
+        hub._turn(0)
+        self.pump(hub, ones[4], 1)
+        ones[4].messages.clear()
+        # The newest, which had got all, and the one before, amid a line.
+        twos = [self.connect(hub) for _ in range(2)]
+        self.assertIn('fewer', ones[4].refusal())
+        self.assertEqual(([], True), (ones[3].read(), ones[3].ended))
+        # It would have more than are left to the other.
+        self.assertIn('is 5', self.connect(hub).refusal())
+        three = self.connect(hub)
+        self.assertEqual(([], True), (ones[2].read(), ones[2].ended))
+        self.assertIn('is 5', self.connect(hub).refusal())
+        for each in ones[:2]:
+            self.pump(hub, each, 1)
+            each.messages.clear()
+        self.assertServed(hub, *ones[:2], *twos, three)
+
     def test_half_closed_stays_but_a_ghost_gives_up_its_place(self):
         hub = self.make_hub(sock_max_subscribers=2)
         ghost, half = self.connect(hub), self.connect(hub)

@@ -395,7 +395,8 @@ _OPTS = [
     cfg.IntOpt('sock_max_subscribers',
                default=64,
                help='Number of subscribers that may be connected at a time. '
-                    'One more is refused with a reason.'),
+                    'One more is refused with a reason, or takes the place '
+                    'of a user who has at least two more than its own.'),
     cfg.IntOpt('sock_buffer_size',
                default=8 * 1024 * 1024,
                help='Number of bytes that a subscriber may lag behind before '
@@ -804,9 +805,10 @@ class _Backlog:
 class _Subscriber:
     """A connected socket, and a cursor in the backlog. The loop's alone."""
 
-    def __init__(self, sock, backlog, who):
+    def __init__(self, sock, backlog, who, uid=None):
         self.sock = sock
         self.who = who
+        self.uid = uid
         self.mask = 0           # what the selector watches
         self.blocked = False    # the kernel takes no more for now
         self.half_closed = False    # it will send no more, but reads on
@@ -1663,7 +1665,8 @@ class _Hub:
             self._watch(self._bound.sock)
 
     def _admit(self, sock):
-        who = 'pid %d, uid %d' % _peer(sock)
+        pid, uid = _peer(sock)
+        who = 'pid %d, uid %d' % (pid, uid)
         if self._reserve is None:
             # It has the last, or waited in a pause and missed what was sent.
             self._refuse(sock, who, 'the service is out of file descriptors')
@@ -1671,9 +1674,9 @@ class _Hub:
         if self._starved:
             self._starved = False
             self._say(logging.WARNING, 'subscribers are accepted again')
-        subscriber = _Subscriber(sock, self._backlog, who)
+        subscriber = _Subscriber(sock, self._backlog, who, uid)
         alive = subscriber.alive()
-        if alive and self._full():
+        if alive and self._full() and not self._make_room(uid):
             self._refuse(sock, who, 'sock_max_subscribers is %d'
                          % self.settings.max_subscribers)
             return
@@ -1698,15 +1701,35 @@ class _Hub:
                     self._part(subscriber, 'it is gone')
         return len(self._subscribers) >= limit
 
+    def _make_room(self, uid):
+        """Part the newest of the user with the most places; whether it was.
+
+        For a user who will have no more than the other has left, or they
+        would take turns.
+        """
+        places = collections.Counter(each.uid for each in self._subscribers)
+        greedy, most = places.most_common(1)[0]
+        if places[uid] + 2 > most:
+            return False
+        newest = next(each for each in reversed(self._subscribers)
+                      if each.uid == greedy)
+        if not newest.pending():    # else it is in the middle of a line
+            self._tell_why(newest.sock, 'a user who has fewer places takes it')
+        self._part(newest, 'uid %d has fewer places' % uid)
+        return True
+
     def _refuse(self, sock, who, reason):
+        self._tell_why(sock, reason)
+        _hang_up(sock)
+        self._visits.note('refused', who, '; ' + reason)
+
+    def _tell_why(self, sock, reason):
         if reason not in self._refusals:    # to make one may wait for the GIL
             self._refusals[reason] = _record('notifications.refused',
                                              reason=reason)
         with contextlib.suppress(OSError):  # it may not wait for an answer
-            # It fits: nothing was sent on this connection before.
+            # It fits, if nothing was sent on this connection before.
             _send_short(sock, self._refusals[reason])
-        _hang_up(sock)
-        self._visits.note('refused', who, '; ' + reason)
 
     def _spare(self, error):
         """Give up the reserve, to refuse who waits; False if there is none.

@@ -157,3 +157,29 @@ class DescriptorTest(base.RelayTestCase):
             sock = listener.accept()[0]
             self.addCleanup(sock.close)
             self.assert_not_taken(sock)
+
+
+class PlacesTest(base.FunctionalTestCase):
+
+    """One user takes all places there are."""
+
+    def test_another_user_gets_a_fair_share(self):
+        if os.getuid() != 0:
+            self.skipTest('needs root, to be two users')
+        publisher = self.publisher(max_subscribers=4, mode='0666')
+        os.chmod(os.path.dirname(self.path), 0o711)
+        ours = [self.subscribe() for _ in range(4)]
+        as_nobody = [*base.CAT[:-1], base.CAT[-1].replace(
+            'sock =', 'os.setuid(%d)\nsock =' % base.NOBODY, 1), self.path]
+        for number in range(3):
+            theirs = self.client(as_nobody)
+            publisher.wait_log('pid %d,' % theirs.pid)
+            if number < 2:
+                publisher.ask('emit', count=1)
+                self.assert_complete(theirs, 1)
+        self.assertEqual('sock_max_subscribers is 4', theirs.refused)
+        self.assertEqual([False, False, True, True],
+                         [each.ended.is_set() for each in ours])
+        for each, emitted in zip(ours, (2, 2, 1, 0)):
+            self.assert_complete(each, emitted)
+            self.assertEqual(emitted < 2, 'fewer' in (each.refused or ''))

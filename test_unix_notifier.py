@@ -1014,9 +1014,9 @@ class ClearTest(TestCase):
         free, make = [], unix_notifier._unix_socket
 
         def fork():
-            free.append(unix_notifier._no_fork.acquire(blocking=False))
+            free.append(unix_notifier._no_fork().acquire(blocking=False))
             if free[-1]:
-                unix_notifier._no_fork.release()
+                unix_notifier._no_fork().release()
 
         def spy():
             thread = threading.Thread(target=fork)
@@ -2661,25 +2661,18 @@ class EndTest(HubCase):
         del hub
         self.assertEqual(before, open_files())
 
-    def test_child_starts_afresh_and_the_parent_notices_nothing(self):
+    def test_child_closes_what_it_inherited_and_the_parent_notices_nothing(
+            self):
         hub = self.make_hub(sock_buffer_size=65536)
         client = self.connect(hub)
         self.emit(hub, range(70))
         count = len(open_files())
-        sockets = [hub._bound.sock, next(iter(hub._subscribers)).sock]
 
         def child():
-            hub.forked()
-            self.assertQueued(hub, 0)
-            self.assertEqual([-1, -1], [each.fileno() for each in sockets])
+            hub.abandon(certain=True)
             # Listener, lock, selector, subscriber, reserve; a pipe is new.
             self.assertEqual(count - 5 + 1, len(open_files()))
-            hub._turn(0)    # the parent has the lock
-            self.emit(hub, range(3))
-            self.assertEqual((None, {}, hub._drops_read), (
-                hub._bound, hub._subscribers, next(hub._drops)))
-            self.assertEqual(0, hub._lost)
-            hub.finish()
+            hub.close()         # the parent's business
 
         self.assertEqual('', in_child(child))
         self.pump(hub, client, 70)
@@ -2688,33 +2681,26 @@ class EndTest(HubCase):
         self.connect(hub).sock.close()
         self.assertTrue(hub._turn(0))       # the selector still tells
 
-    def test_child_without_a_hook_waits_for_no_thread_of_its_parent(self):
-        hub, held, done = self.make_hub(), threading.Event(), threading.Event()
-
-        def log():
-            with unix_notifier._no_fork:
-                held.set()
-                done.wait(WAIT)
-
-        thread = threading.Thread(target=log)
-        thread.start()
-        held.wait(WAIT)
-        self.addCleanup(thread.join)
-        self.addCleanup(done.set)
-        self.assertEqual('', in_child(lambda: self.emit(hub, range(1)),
-                                      ctypes.PyDLL(None).fork))
-
-    def test_child_without_a_hook_finds_out_by_itself(self):
+    def test_child_without_a_hook_closes_no_number_that_was_given_anew(self):
         hub = self.make_hub()
         self.connect(hub)
-        hub._pid -= 1       # so a child of C's fork() sees it
-        self.emit(hub, range(1))
-        self.assertEqual((os.getpid(), None), (hub._pid, hub._bound))
-        self.assertQueued(hub, 1)
-        hub._pid -= 1
-        hub.close()         # the parent's business
-        self.assertFalse(hub._closing)
-        hub._pid += 1
+        ours = [each.fileno() for each in hub._files]
+        self.assertGreater(len(ours), 3)
+
+        def child(reuse):
+            for number in ours[::2] if reuse else ():
+                os.dup2(1, number)
+            hub.abandon(certain=False)
+            for place, number in enumerate(ours):
+                if reuse and place % 2 == 0:
+                    os.close(number)
+                else:
+                    self.assertRaises(OSError, os.close, number)
+            os.close(hub._selector.fileno())    # it may be anybody's
+
+        for reuse in (False, True):
+            self.assertEqual('', in_child(functools.partial(child, reuse),
+                                          ctypes.PyDLL(None).fork))
 
 
 # -- the driver -------------------------------------------------------------
@@ -2726,6 +2712,9 @@ class DriverTest(TestCase):
         self.patch('_hubs', {})
         self.addCleanup(unix_notifier._at_exit)
         self.conf = self.useFixture(config_fixture.Config(cfg.CONF)).conf
+
+    def hubs(self):
+        return list(unix_notifier._hubs.get(os.getpid(), {}).values())
 
     def configure_globally(self, path):
         self.conf.register_opts(
@@ -2744,7 +2733,7 @@ class DriverTest(TestCase):
         before = threading.active_count(), open_files()
         unix_notifier.UnixDriver()
         self.assertEqual(before, (threading.active_count(), open_files()))
-        self.assertEqual(({}, ''), (unix_notifier._hubs, self.log.output))
+        self.assertEqual(([], ''), (self.hubs(), self.log.output))
 
     def test_construct_with_conf_serves(self):
         driver = self.serve()
@@ -2787,7 +2776,7 @@ class DriverTest(TestCase):
         wait_until(lambda: self.log.output)
         self.assertLogged("'relative'")
         self.assertLogged('MainThread', 0)
-        self.assertEqual({}, unix_notifier._hubs)
+        self.assertEqual([], self.hubs())
 
     def test_bad_global_conf_is_logged_once_there_are_threads(self):
         self.configure_globally('relative')
@@ -2820,7 +2809,7 @@ class DriverTest(TestCase):
 
     def test_drivers_of_a_path_share_one_hub(self):
         drivers = [self.serve() for _ in range(5)]
-        hub, = unix_notifier._hubs.values()
+        hub, = self.hubs()
         self.assertEqual({hub}, {each._hub for each in drivers})
         self.assertEqual(1, [each.name for each in threading.enumerate()]
                          .count('unix-notifier'))
@@ -2832,7 +2821,7 @@ class DriverTest(TestCase):
     def test_driver_that_differs_is_told_that_the_first_counts(self):
         self.serve(sock_max_subscribers=3)
         self.serve(sock_max_subscribers=4)
-        hub, = unix_notifier._hubs.values()
+        hub, = self.hubs()
         self.assertEqual(3, hub.settings.max_subscribers)
         self.assertLogged('configured twice')
         self.assertNames(self.log.output, 'max_subscribers=3',
@@ -2848,7 +2837,7 @@ class DriverTest(TestCase):
                     self.make_conf(), ['topic'], threading.Lock()))))):
             self.notify(each, {'n': number})
             self.assertEqual(number + 1, account(client.wait(number + 1)))
-        self.assertEqual(1, len(unix_notifier._hubs))
+        self.assertEqual(1, len(self.hubs()))
         pickle.dumps(unix_notifier.UnixDriver())
 
     def test_what_cannot_be_serialized_is_counted(self):
@@ -2943,22 +2932,30 @@ class DriverTest(TestCase):
                              (each['publisher_id'], each['event_type']))
         self.assertLogged('token', 0)
 
-    def test_forked_child_leaves_the_parents_hub_alone(self):
-        driver = self.serve()
-        client = self.connect()
-        hub, = unix_notifier._hubs.values()
+    def test_child_of_any_fork_serves_at_once(self):
+        with fixtures.MonkeyPatch('threading.Thread.start', none_left):
+            unix_notifier.UnixDriver(self.make_conf())
+        held, done = threading.Event(), threading.Event()
 
-        locks = [unix_notifier._hubs_lock, unix_notifier._no_fork]
+        def log():      # as the parent's loop may be about to
+            with unix_notifier._no_fork():
+                held.set()
+                done.wait(WAIT)
+
+        thread = threading.Thread(target=log)
+        thread.start()
+        held.wait(WAIT)
+        self.addCleanup(thread.join)
+        self.addCleanup(done.set)
 
         def child():
-            self.assertEqual((os.getpid(), None), (hub._pid, hub._thread))
-            # Another thread may have held them at the fork.
-            for each in unix_notifier._hubs_lock, unix_notifier._no_fork:
-                self.assertNotIn(each, locks)
+            unix_notifier.UnixDriver(self.make_conf())
+            self.await_service()
+            self.connect()
+            unix_notifier._at_exit()
 
-        self.assertEqual('', in_child(child))
-        self.notify(driver)
-        self.assertEqual(1, account(client.wait(1)))
+        for fork in os.fork, ctypes.PyDLL(None).fork:
+            self.assertEqual('', in_child(child, fork))
 
     def test_exit_closes_every_hub_whatever_happens(self):
         closed = []
@@ -2966,9 +2963,10 @@ class DriverTest(TestCase):
         def bad_close():
             raise ZeroDivisionError
 
-        for name, close in (('a', bad_close), ('b', lambda: closed.append(1))):
-            unix_notifier._hubs[name] = types.SimpleNamespace(
-                close=close, settings=self.make_settings())
+        hubs = {name: types.SimpleNamespace(
+            close=close, settings=self.make_settings()) for name, close in (
+                ('a', bad_close), ('b', lambda: closed.append(1)))}
+        unix_notifier._hubs[os.getpid()] = hubs
         unix_notifier._at_exit()
         self.assertEqual([1], closed)
         unix_notifier._hubs.clear()
@@ -3228,15 +3226,14 @@ class RelayLoadTest(RelayCase):
         self.connect()
         self.step(leader)
 
-        def fork(delay):    # the hook, in the child
-            if delay == unix_notifier._GIVE_WAY:
-                leader._close_files()
-                leader._reset()
+        def child():
+            # The hook comes while the loop sleeps.
+            with fixtures.MonkeyPatch(
+                    'time.sleep', lambda _: leader.abandon(certain=True)):
+                self.assertRaises(RuntimeError, self.fill, leader, follower,
+                                  60)
 
-        with fixtures.MonkeyPatch('time.sleep', fork):
-            while leader._uplink is None:
-                self.fill(leader, follower, 1)
-        self.assertTrue(leader._uplink.blocked)
+        self.assertEqual('', in_child(child))
 
     def test_who_does_not_read_is_waited_for_once(self):
         leader, follower = self.make_pair(sock_buffer_size=2 ** 20)

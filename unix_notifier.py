@@ -497,12 +497,19 @@ def _read_settings(conf):
 
 # -- the lock and the socket file -------------------------------------------
 
-# Held while a descriptor is opened and put where forked() finds it, and
-# during a fork. A child that did not know that it holds the lock would keep
-# everybody from leading after the parent's death; one that holds a listener,
-# or a connection, would keep others waiting. Held, too, while the loop logs:
-# the buffer of a stream that is being written to stays locked in the child.
-_no_fork = threading.RLock()
+_no_forks = {}      # by pid: a child's are not held by its parent's threads
+
+
+def _no_fork():
+    """The lock that is held during a fork.
+
+    And while a descriptor is opened and put where abandon() finds it. A child
+    that did not know that it holds the lock of a path would keep everybody
+    from leading after the parent's death; one that holds a listener, or a
+    connection, would keep others waiting. Held, too, while the loop logs: the
+    buffer of a stream that is being written to stays locked in the child.
+    """
+    return _no_forks.setdefault(os.getpid(), threading.RLock())
 
 
 def _identity(info):
@@ -511,6 +518,15 @@ def _identity(info):
     Of a socket, mtime is when it was bound; chmod and chown change ctime.
     """
     return [info.st_dev, info.st_ino, info.st_mtime_ns]
+
+
+def _file_id(file):
+    """What tells an open file from another that gets its number.
+
+    None of an eventfd, say: all of those share one inode.
+    """
+    info = os.fstat(file.fileno())
+    return _identity(info)[:2] if stat.S_IFMT(info.st_mode) else None
 
 
 def _is_at(path, identity):
@@ -540,14 +556,17 @@ class _Lock:
     def acquire(self):
         """Take the lock, or raise OSError; BlockingIOError if it is held."""
         self._refuse_root()
-        with _no_fork:
-            self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-                              | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+                          | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
         try:
             self._take(os.fstat(self.fd))
         except OSError:
             self.close()
             raise
+        return self
+
+    def fileno(self):
+        return -1 if self.fd is None else self.fd
 
     def _refuse_root(self):
         """Keep root out of a service's directory, before it creates a file.
@@ -616,7 +635,7 @@ class _Lock:
 
     def close(self):
         """Only close: LOCK_UN in a forked child would free the parent's."""
-        with _no_fork:  # a child would close what has the number by then
+        with _no_fork():    # a child would close what has the number by then
             if self.fd is not None:
                 os.close(self.fd)
                 self.fd = None
@@ -702,7 +721,7 @@ def _is_socket(path):
 
 def _answers(path):
     """Whether a process listens at the path."""
-    with _no_fork, _unix_socket() as probe:     # a child would subscribe
+    with _no_fork(), _unix_socket() as probe:   # a child would subscribe
         probe.setblocking(False)
         # EAGAIN: its backlog is full. Whatever else: not ours.
         return probe.connect_ex(path) not in (errno.ECONNREFUSED,
@@ -966,7 +985,7 @@ class _Event:
     """An eventfd: readable while it is set. Half a socketpair's cost."""
 
     def __init__(self, fd=None):
-        self._fd = fd
+        self._fd = -1 if fd is None else fd
         if fd is None:
             # On the number of a new socket, for eventlet hears of those: in
             # a forked child it believes that numbers which we closed are
@@ -983,9 +1002,9 @@ class _Event:
         Else the last reference closes it, which such a thread holds: it must
         not write to whatever gets the number next.
         """
-        if self._fd is not None:
-            _close(self._fd)
-            self._fd = None
+        fd, self._fd = self._fd, -1     # None would be 0 to write()
+        if fd >= 0:
+            _close(fd)
 
     __del__ = close
 
@@ -1112,12 +1131,7 @@ class _Hub:
 
     def __init__(self, settings):
         self.settings = settings
-        self._forking = {}      # a lock for each pid: see forked()
-        self._reset()
-        self._pid = os.getpid()
-
-    def _reset(self):
-        """The state of this process; nothing of it is carried over a fork."""
+        self._pid = os.getpid()     # whose it is; None in a forked child
         # Any thread.
         self._queue = collections.deque()   # lines, and pads (None)
         self._room = self.settings.buffer_size // _QUEUE_UNIT
@@ -1137,7 +1151,7 @@ class _Hub:
         # Whoever has the turn: mostly the loop.
         self._credit = 0        # time.monotonic() until which it is used up
         self._selector = self._bound = None
-        self._sockets = weakref.WeakSet()   # all there are, from _own()
+        self._files = weakref.WeakKeyDictionary()   # all, from _own()
         self._lock = _Lock(self.settings.path + '.lock')
         self._handed = []       # RELAY's joint: chunks from other processes
         self._subscribers = {}  # an ordered set
@@ -1165,8 +1179,6 @@ class _Hub:
 
     def emit(self, message):
         """Queue a notification for whoever is connected; else drop it."""
-        if self._pid != os.getpid():
-            self.forked()
         gate = self._gate
         if not gate.open and not self._anyone(gate):
             return
@@ -1322,8 +1334,7 @@ class _Hub:
                 # Known before it starts: a signal handler may raise as we
                 # wait for it to run.
                 self._thread = threading.Thread(
-                    target=self._run, args=(self._pid,),
-                    name='unix-notifier', daemon=True)
+                    target=self._run, name='unix-notifier', daemon=True)
                 self._thread.start()
                 # A child of multiprocessing leaves without atexit. It runs
                 # its finalizers, which its bootstrap clears: not sooner.
@@ -1350,44 +1361,48 @@ class _Hub:
         if self._thread is not None or self._selector or self._waiting():
             self._leave(deadline)
 
-    def forked(self):
-        """A child starts afresh, and leaves to the parent what is its own.
+    def abandon(self, certain):
+        """In a forked child: leave to the parent what is its own.
 
         It only closes: to unregister, unlock or shut down would reach the
         parent, who shares all that. It does not log: locks may be held.
-        Threads that get here at once, where no hook was run at the fork,
-        wait for the first; a lock by pid cannot have been held in the parent.
+
+        :param certain: whether nobody can have closed our numbers meanwhile,
+                        nor have been given them anew
         """
-        pid = os.getpid()
-        with self._forking.setdefault(pid, threading.Lock()):
-            if self._pid != pid:
-                _renew_locks()
-                if self._waker is not None:
-                    self._waker.close()     # all threads wait here
-                self._close_files()
-                self._reset()
-                self._pid = pid     # last: emit() compares it first
+        self._pid = None    # a green thread survives a fork, and looks
+        if certain:
+            self._close_files()
+            if self._waker is not None:
+                self._waker.close()     # only we are here
+            return
+        for each, identity in list(self._files.items()):
+            with contextlib.suppress(OSError):      # it is closed
+                if identity is not None and identity == _file_id(each):
+                    each.close()
+        # So that what was not closed never is, by its object either.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
 
     def _own(self, make, *args):
-        """A new socket or event, which a forked child is sure to know of."""
-        with _no_fork:
-            sock = make(*args)
-            self._sockets.add(sock)
-        return sock
+        """A new file of ours, which a forked child is sure to know of."""
+        with _no_fork():
+            file = make(*args)
+            self._files[file] = _file_id(file)
+        return file
 
     def _close_files(self):
-        for each in (*self._sockets, self._selector, self._lock):
+        for each in (*self._files, self._selector):
             if each is not None:
                 each.close()
 
     # The loop.
 
-    def _run(self, pid):
-        while not self._closing and pid == os.getpid():
+    def _run(self):
+        while not self._closing and self._pid == os.getpid():
             try:
                 self._turn()
             except Exception as error:
-                if pid == os.getpid():
+                if self._pid == os.getpid():
                     self._unsent = True     # whatever it was about to do
                     self._warn(error)
                     time.sleep(_Backoff.MAX)
@@ -1436,7 +1451,7 @@ class _Hub:
         return bool(events or due or handed or self._unsent)
 
     def _wait(self, limit):
-        timeout, pid = 0, os.getpid()
+        timeout = 0
         if not (self._waiting() or self._unsent):
             self._asleep = True
             if not self._waiting():     # after the flag: see emit()
@@ -1444,10 +1459,7 @@ class _Hub:
         events = self._selector.select(timeout)
         if self._visited:
             self._slow_down()
-        # Green threads survive a fork, and this one may wake in the child,
-        # which has a loop of its own.
-        if pid != os.getpid():
-            raise RuntimeError('not the loop of this process')
+        self._stay()
         self._asleep = False
         return events
 
@@ -1466,6 +1478,15 @@ class _Hub:
             while (now := time.monotonic()) < end:
                 time.sleep(end - now)
         self._rested, self._worked = now, time.thread_time()
+
+    def _stay(self):
+        """After a wait in which a green thread may have forked.
+
+        They all survive it, and this one may wake in the child, which has a
+        loop of its own.
+        """
+        if self._pid != os.getpid():
+            raise RuntimeError('not the loop of this process')
 
     def _waiting(self):
         """Whether publishers have left anything for the loop."""
@@ -1497,7 +1518,7 @@ class _Hub:
         if self._unsaid is not None:
             self._unsaid.append(record)
             return
-        with _no_fork:
+        with _no_fork():
             LOG.log(*record, exc_info=exc_info)
 
     # The path.
@@ -1549,7 +1570,7 @@ class _Hub:
         if not self._lock.intact():
             self._lock.close()
             try:
-                self._lock.acquire()
+                self._own(self._lock.acquire)
             except BlockingIOError:
                 if self._bound is not None and not ours:
                     self._resign()
@@ -1923,7 +1944,7 @@ def _is_patched():
 def _guarded():
     """Whether sockets can refuse to be passed descriptors, and so do ours."""
     try:
-        with _no_fork, socket.socket(socket.AF_UNIX) as sock:
+        with _no_fork(), socket.socket(socket.AF_UNIX) as sock:
             sock.setsockopt(socket.SOL_SOCKET, _PASSRIGHTS, 0)
     except OSError:
         return False
@@ -1976,13 +1997,26 @@ def _close(sock):
 
 # -- the driver -------------------------------------------------------------
 
-_hubs = {}      # the hubs of this process, by path: one for each
-_hubs_lock = threading.RLock()  # by who reads the options at the first call
-_locks_pid = os.getpid()    # whose the locks are
+_hubs = {}      # by pid, then by path: one for each
+
+
+def _hub_of(settings, hub_class):
+    """The hub of this process on the path; made, if there is none.
+
+    Each step is one, for any threads that get here at once; a hub that was
+    never started is nothing. Where no hook was run at the fork, whoever
+    removes what is left of the parent's closes it.
+    """
+    pid = os.getpid()
+    hubs = _hubs.setdefault(pid, {})
+    for other in [each for each in list(_hubs) if each != pid]:
+        for hub in _hubs.pop(other, {}).values():
+            hub.abandon(certain=False)
+    return hubs.setdefault(settings.path, hub_class(settings))
 
 
 def _at_exit():
-    for hub in list(_hubs.values()):
+    for hub in list(_hubs.get(os.getpid(), {}).values()):
         try:
             hub.close()
         except Exception:
@@ -1990,28 +2024,27 @@ def _at_exit():
                           hub.settings.path)
 
 
+_forker = None      # the pid of the process that is about to fork
+
+
 def _before_fork():
+    global _forker
     # Not for ever: a log handler that forks may be what the loop waits for.
-    _no_fork.acquire(timeout=1)
+    _no_fork().acquire(timeout=1)
+    _forker = os.getpid()
 
 
 def _after_fork_in_parent():
     with contextlib.suppress(RuntimeError):     # it waited in vain
-        _no_fork.release()
-
-
-def _renew_locks():
-    """In a child they may be held by threads that it does not have."""
-    global _hubs_lock, _no_fork, _locks_pid
-    if _locks_pid != os.getpid():
-        _hubs_lock, _no_fork = threading.RLock(), threading.RLock()
-        _locks_pid = os.getpid()
+        _no_fork().release()
 
 
 def _after_fork_in_child():
-    for hub in _hubs.values():
-        hub.forked()
-    _renew_locks()      # without a hub, too
+    """Not by the pid: in a namespace of its own it may be the parent's."""
+    _no_forks.clear()
+    for pid in list(_hubs):
+        for hub in _hubs.pop(pid).values():
+            hub.abandon(certain=pid == _forker)
 
 
 os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child,
@@ -2028,6 +2061,7 @@ class UnixDriver(notifier.Driver):
     """
 
     hub_class = _Hub
+    _failed = None      # why there will be no hub
 
     def __init__(self, conf=None, topics=None, transport=None):
         """Read the options and start to serve the path.
@@ -2044,14 +2078,13 @@ class UnixDriver(notifier.Driver):
         """
         super().__init__(conf, topics, transport)
         self._settings = self._hub = None
-        self._failed = False    # there will be no hub
         if conf is not None:
-            self._configure(conf)
-            if self._hub.settings != self._settings:
+            settings = self._configure(conf)
+            if self._settings != settings:
                 LOG.warning('The notification socket is configured twice, '
                             'and what came first counts: %(first)s, not '
-                            '%(other)s', {'first': self._hub.settings,
-                                          'other': self._settings})
+                            '%(other)s', {'first': self._settings,
+                                          'other': settings})
             self._hub.start()
 
     def __getstate__(self):
@@ -2059,12 +2092,17 @@ class UnixDriver(notifier.Driver):
         return dict(self.__dict__, conf=None, transport=None, _hub=None)
 
     def _configure(self, conf):
-        if self._settings is None:
+        """Find or make the hub; the options as they were read.
+
+        Those of the hub count, here and in forked children and copies.
+        """
+        settings = self._settings
+        if settings is None:
             register_opts(conf)
-            self._settings = _read_settings(conf)
-        # In one step, for any thread; a hub that was never started is nothing.
-        self._hub = _hubs.setdefault(self._settings.path,
-                                     self.hub_class(self._settings))
+            settings = _read_settings(conf)
+        self._hub = _hub_of(settings, self.hub_class)
+        self._settings = self._hub.settings
+        return settings
 
     def notify(self, ctxt, message, priority, retry):
         """Hand a notification to whoever is connected, or drop it.
@@ -2080,7 +2118,8 @@ class UnixDriver(notifier.Driver):
         """
         hub = self._hub
         try:
-            if hub is None:
+            if hub is None or hub._pid != os.getpid():
+                hub = None
                 hub = self._late_hub()
             if hub is not None:
                 hub.emit(message)
@@ -2093,22 +2132,27 @@ class UnixDriver(notifier.Driver):
                 hub._gap = next(hub._drops)
 
     def _late_hub(self):
-        """The hub at the first call, if there was no conf; None if invalid.
+        """The hub at the first call of a process; None if there will be none.
 
         There is nobody to raise an error to, and notify() must not log: a
         thread does. Without one to be had, or out of stack, there is another
         try at the next call.
         """
-        with _hubs_lock:
-            if self._hub is None and not self._failed:
+        if self._failed is not None:
+            return None
+        try:
+            self._configure(cfg.CONF)
+        except ValueError as error:     # of an option
+            # In one step: one of the threads that may be here tells.
+            if self.__dict__.setdefault('_failed', error) is error:
                 try:
-                    self._configure(cfg.CONF)
-                except ValueError as error:     # of an option
                     threading.Thread(target=LOG.error, daemon=True, args=(
                         'No notifications are published: %s', str(error)
                         )).start()
-                    self._failed = True
-            return self._hub
+                except BaseException:
+                    del self._failed
+                    raise
+        return self._hub
 
 
 # ---------------------------------------------------------------------------
@@ -2311,8 +2355,8 @@ def _log_all(records):
 class _RelayHub(_Hub):
     """A hub that shares its path with the hubs of other processes."""
 
-    def _reset(self):
-        super()._reset()
+    def __init__(self, settings):
+        super().__init__(settings)
         self._relay_path = self.settings.path + '.relay'
         # The loop alone. As a follower, and before anything is known:
         self._uplink = _Uplink(self._backlog, self._on_leader)  # or we lead
@@ -2409,8 +2453,7 @@ class _RelayHub(_Hub):
                 return
             self._patience -= 1
             time.sleep(_GIVE_WAY)
-            if self._uplink is not None:
-                return      # a green thread has forked: see _wait()
+            self._stay()
             for each in self._subscribers:
                 each.blocked = False    # to try is to know
             super()._flush()
@@ -2548,7 +2591,7 @@ class _RelayHub(_Hub):
 
         A ValueError: it is no hello that comes. An OSError: nothing does.
         """
-        with _no_fork:
+        with _no_fork():
             data, fds, _, _ = socket.recv_fds(self._uplink.sock, 4096, 2)
             for fd in fds:
                 os.set_inheritable(fd, False)   # recv_fds cannot be told

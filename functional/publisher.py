@@ -51,6 +51,7 @@ PRIORITIES = ('audit', 'debug', 'info', 'warn', 'error', 'critical',
               'sample')
 # Seconds.
 PATIENCE = 20
+CLONE_NEWPID = 0x20000000
 
 
 class Service:
@@ -214,7 +215,7 @@ class Service:
 
     def queued(self):
         """How many entries wait in the queues of the driver."""
-        hubs = sys.modules['unix_notifier']._hubs
+        hubs = sys.modules['unix_notifier']._hubs[os.getpid()]
         return sum(len(hub._queue) for hub in hubs.values())
 
     # Descriptors.
@@ -273,12 +274,15 @@ class Service:
 
         :param how: fork (os.fork), multiprocessing (forked), thread (the
                     same, from a thread that is not the main one), spawn,
-                    bare (as programs in C do, so that no hooks are run)
+                    bare (as programs in C do, so that no hooks are run),
+                    namespace (os.fork, as process 1 of a new one)
         :param control: path of the socket that the child connects to
         :returns: the pid of the child
         """
-        if how in ('fork', 'bare'):
-            pid = os.fork() if how == 'fork' else ctypes.PyDLL(None).fork()
+        if how in ('fork', 'bare', 'namespace'):
+            if how == 'namespace' and ctypes.CDLL(None).unshare(CLONE_NEWPID):
+                raise PermissionError('unshare')
+            pid = ctypes.PyDLL(None).fork() if how == 'bare' else os.fork()
             if not pid:
                 self._be_child(control)
                 sys.exit(0)
@@ -326,6 +330,10 @@ class Service:
                 self.serve(stream, stream)
         if self.end:
             self.end()
+
+    def pid(self):
+        """As the process itself has it."""
+        return os.getpid()
 
     def reap(self, pid):
         """Wait for a child of ours.

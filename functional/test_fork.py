@@ -81,7 +81,7 @@ class ForkTest(base.RelayTestCase):
         parent, subscriber = self._start(leads=True)
         parent.ask('emit', count=10)
         self.assert_complete(subscriber, 10)
-        self._check_children(parent, subscriber, HOW)
+        self._check_children(parent, subscriber, ('bare', *HOW))
 
     def test_children_of_a_follower(self):
         parent, subscriber = self._start(leads=False)
@@ -105,6 +105,27 @@ class ForkTest(base.RelayTestCase):
         for process in (grandchild, parent, child):
             process.ask('emit', count=10)
         self.assert_complete(subscriber, 30)
+
+    def test_child_with_its_parents_pid(self):
+        """As process 1 of a container that process 1 of another has made."""
+        nursery = self.publisher(is_open=False)
+        try:
+            parent = self.fork(nursery, 'namespace')
+        except AssertionError as error:
+            self.skipTest('no pid namespaces: %s' % error)
+        parent.ask('open')
+        subscriber = self.subscribe()
+        child = self.fork(parent, 'namespace')
+        self.assertEqual([1, 1], [each.ask('pid') for each in (parent, child)])
+        # Each by a name of its own, which has no pid.
+        child.ask('start', pause=0.01)
+        parent.ask('emit', count=10)
+        total = child.ask('stop') + 10
+        self.assert_complete(subscriber, total)
+        child.tell('leave', how='exit')
+        parent.ask('reap', pid=child.pid)
+        parent.ask('emit', count=10)
+        self.assert_complete(subscriber, total + 10)
 
     def test_forking_amid_notifications(self):
         parent, subscriber = self._start(leads=True,

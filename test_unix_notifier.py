@@ -3288,11 +3288,19 @@ class RelayPathTest(RelayCase):
         self.assertEqual(3, account(client.read()))
 
     def test_who_waits_at_a_dead_leader_sees_the_end_of_the_stream(self):
+        self.assertLetGo(lock_too=False)
+
+    def test_who_waits_at_a_dead_leader_is_let_go_though_no_lock_tells(self):
+        self.assertLetGo(lock_too=True)
+
+    def assertLetGo(self, lock_too):
         leader, follower = self.make_pair()
         bound = os.stat(self.path).st_ino
         clients = [self.connect() for _ in range(3)]
         self.emit(follower, range(3))
         self.step(follower)
+        if lock_too:
+            os.unlink(self.path + '.lock')
         self.die(leader)    # and with it what it was sent
         with mock.patch.object(unix_notifier, '_accept', autospec=True,
                                side_effect=OSError(errno.EMFILE, 'full')):

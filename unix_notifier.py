@@ -618,8 +618,8 @@ class _Lock:
         self._write(None, {})
 
     def vacated(self):
-        """Whether the last owner did."""
-        return self.read().get('pid') is None
+        """Whether the last owner did; not if the file was lost meanwhile."""
+        return self.read().get('pid', 'unknown') is None
 
     def _write(self, pid, identities):
         record = dict(self.read(), pid=pid, **identities)

@@ -47,6 +47,7 @@ import sys
 import threading
 import time
 import traceback
+import tracemalloc
 import types
 import unittest
 from unittest import mock
@@ -3676,20 +3677,26 @@ class LineBufferTest(base.BaseTestCase):
             self.assertEqual(data, b''.join(out))
             self.assertTrue(all(each[-1:] in (b'', b'\n') for each in out))
 
-    def test_piece_of_a_line_is_not_touched_again_before_its_end(self):
+    def test_line_in_pieces_takes_little_more_than_its_bytes(self):
         buffer = unix_notifier._LineBuffer()
-        for _ in range(1000):
-            self.assertEqual(b'', buffer.feed(b'x'))
-        self.assertEqual(1000, len(list(filter(None, buffer._parts))))
-        self.assertEqual(b'x' * 1000 + b'\n', buffer.feed(b'\nyy'))
-        self.assertEqual([b'yy'], buffer._parts)
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        for _ in range(20000):
+            buffer.feed(b'xx')
+        self.assertLess(tracemalloc.get_traced_memory()[1], 10 ** 5)
+        self.assertEqual(b'x' * 40000 + b'\n', buffer.feed(b'\nyy'))
+        self.assertEqual(b'yyz\n', buffer.feed(b'z\n'))
 
-    def test_line_over_the_limit_raises(self):
-        buffer = unix_notifier._LineBuffer()
-        with fixtures.MonkeyPatch(unix_notifier.__name__ + '._LINE_MAX', 10):
-            buffer.feed(b'x' * 10)
-            error = self.assertRaises(ValueError, buffer.feed, b'x')
-        self.assertIn('more than 10 bytes', str(error))
+    def test_line_over_the_limit_is_kept_no_further(self):
+        buffer = unix_notifier._LineBuffer(10)
+        buffer.feed(b'ok\n' + b'x' * 10)
+        self.assertFalse(buffer.too_long())
+        for _ in range(100):
+            buffer.feed(b'yyy')
+        self.assertTrue(buffer.too_long())
+        self.assertEqual(b'x' * 10 + b'yyyz\n', buffer.feed(b'z\nok'))
+        self.assertFalse(buffer.too_long())
+        self.assertEqual(b'ok\n', buffer.feed(b'\n'))
 
 
 class SubscribeTest(ConsumerTestCase):
@@ -3809,16 +3816,38 @@ class SubscribeTest(ConsumerTestCase):
         stream._receive()
         self.assertEqual(0.01, stream._retry.delay)
 
-    def test_line_without_end_is_an_error_that_names_path_and_limit(self):
-        self.patch('_LINE_MAX', 1000)
-        listener = self.serve()
-        stream = self.subscribe()
-        service = self.connection(listener)
-        service.sendall(line(1) + b'x' * 1001)
-        error = self.assertRaises(ValueError, list, stream)
-        self.assertIn(self.path, str(error))
-        self.assertIn('more than 1000 bytes', str(error))
-        self.assertEqual(b'', service.recv(1))
+    def test_line_that_is_too_long_is_told_lost(self):
+        stream, service = self.connected(max_line=1000)
+        self.in_thread(lambda: service.sendall(
+            line(1) + b'x' * 1001 + b'\n' + line(2) + b'x' * 10 ** 6
+            + b'\n' + line(3)))
+        messages = list(itertools.islice(stream, 5))
+        self.assertEqual([1, 2, 3], [
+            each['payload']['n'] for each in messages[::2]])
+        for each in messages[1::2]:
+            self.assertEqual('notifications.lost', each['event_type'])
+            self.assertEqual({'lost': 1, 'reason':
+                              'it took more than 1000 bytes'},
+                             each['payload'])
+        self.assertEqual(1, self.logged('1 notifications were lost'))
+
+    def test_take_gives_up_in_time_whatever_comes(self):
+        for rubbish in b'[]\n' * 10000, b'x' * 30000:
+            listener = self.serve()
+            stream = self.subscribe()
+            service = self.connection(listener)
+
+            def flood(service=service, rubbish=rubbish):
+                with contextlib.suppress(OSError):
+                    while True:
+                        service.sendall(rubbish)
+
+            self.in_thread(flood)
+            begin = time.monotonic()
+            self.assertIsNone(stream.take(begin + 0.1))
+            self.assertLess(time.monotonic() - begin, PROMPT)
+            stream.close()
+            os.unlink(self.path)
 
     def test_other_lines_are_dropped_and_logged_once(self):
         stream, service = self.connected()
@@ -3837,6 +3866,39 @@ class SubscribeTest(ConsumerTestCase):
         service.sendall(unix_notifier._lost_record(5, 'why'))
         next(stream)
         self.assertEqual(1, self.logged('20 notifications were lost'))
+
+    def test_what_no_reader_should_be_given_is_mended(self):
+        stream, service = self.connected()
+        for text, value in ((b'[NaN,-Infinity]', [None, None]),
+                            (b'"\\ud83d\\ude00"', '\U0001f600'),
+                            (b'"\\\\ud83d"', '\\ud83d'),
+                            (b'"\\uD83D x\\ude00"', '\ufffd x\ufffd')):
+            service.sendall(b'{"payload": %s}\n' % text)
+            self.assertEqual({'payload': value}, next(stream))
+
+    def test_what_others_say_does_no_harm_in_the_log(self):
+        stream, service = self.connected()
+        for reason in ('a\nb\x1b[2J' + 'x' * 9999, {'a': 1}, None):
+            for record in unix_notifier._lost_record(1, reason), (
+                    unix_notifier._record('notifications.refused',
+                                          reason=reason)):
+                service.sendall(record)
+                next(stream)
+        service.sendall(b'\x1b[2J' * 9999 + b'\n' + line(1))
+        next(stream)
+        lines = self.log.output.splitlines()
+        self.assertEqual(4, len(lines))
+        for each in lines:
+            self.assertTrue(each.isprintable() and len(each) < 500, each)
+
+    def test_records_that_cannot_be_true_are_not_counted(self):
+        stream, service = self.connected()
+        for lost in (-5, 10 ** 30, 1.5, True, '5', [], 5, -1, 10 ** 18):
+            stream._lost_told -= 2
+            service.sendall(unix_notifier._lost_record(lost, 'why'))
+            next(stream)
+        self.assertEqual(3, self.logged(' 5 notifications were lost'))
+        self.assertEqual(6, self.logged(' 0 notifications were lost'))
 
     def test_records_that_are_none_do_no_harm(self):
         stream, service = self.connected()
@@ -4059,6 +4121,7 @@ class ListenerTest(ConsumerTestCase):
 
     def test_what_is_requeued_again_and_again_is_named(self):
         self.patch('_REQUEUE_FIRST', 0.001)
+        self.patch('_REQUEUE_MAX', 0.001)
         listener = self.listener()
         self.send(0)
         for _ in range(10):
@@ -4147,12 +4210,27 @@ class ListenerTest(ConsumerTestCase):
                          listener.poll()[0].message['payload'])
         self.assertEqual(1, self.logged('refused: full'))
 
-    def test_poll_does_not_raise_for_a_line_that_is_too_long(self):
-        self.patch('_LINE_MAX', 1000)
+    def test_line_that_is_too_long_is_told_lost(self):
         listener = self.listener()
-        self.service.sendall(b'x' * 1001)
-        self.assertEqual([], listener.poll())
-        self.assertEqual(1, self.logged('more than 1000 bytes'))
+        self.in_thread(lambda: self.service.sendall(
+            b'x' * (5 * 2 ** 20) + b'\n' + line(1)))
+        incoming, = listener.poll()
+        self.assertEqual(1, incoming.message['payload']['lost'])
+        self.assertEqual([1], self.numbers(listener.poll()))
+
+    def test_poll_gives_up_in_time_whatever_comes(self):
+        listener = self.listener()
+
+        def flood():
+            with contextlib.suppress(OSError):
+                while True:
+                    self.service.sendall(b'{}\n' * 10000)
+
+        self.in_thread(flood)
+        begin = time.monotonic()
+        self.assertEqual([], listener.poll(timeout=0.1))
+        self.assertLess(time.monotonic() - begin, PROMPT)
+        listener.cleanup()
 
     def test_poll_does_not_raise_whatever_happens(self):
         self.patch('_Backoff.MAX', 0)

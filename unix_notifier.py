@@ -2279,9 +2279,11 @@ class _Uplink(_Subscriber):
 class _LineBuffer:
     """Whole lines of what a stream gives in pieces; scans each byte once."""
 
-    def __init__(self):
-        self._parts = []    # of a line whose end has not come
-        self._size = 0
+    def __init__(self, limit=_LINE_MAX):
+        self._limit = limit
+        # Of a line whose end has not come. In one, for pieces of one or two
+        # bytes, in a list, take thirty times the memory.
+        self._rest = bytearray()
         self._most = _RECV_MIN  # bytes to receive at a time
 
     def receive(self, sock):
@@ -2295,17 +2297,19 @@ class _LineBuffer:
     def feed(self, data):
         """The lines that are whole by now, as one block; it may be empty.
 
-        A ValueError: the line that has begun is too long.
+        Of a line that is too long, not much more is kept than tells so.
         """
         whole, newline, rest = data.rpartition(b'\n')
         if newline:
-            whole = b''.join((*self._parts, whole, newline))
-            self._parts, self._size = [], 0
-        self._parts.append(rest)
-        self._size += len(rest)
-        if self._size > _LINE_MAX:
-            raise ValueError('a line of more than %d bytes' % _LINE_MAX)
+            whole = b''.join((self._rest, whole, newline))
+            self._rest = bytearray()
+        if not self.too_long():
+            self._rest += rest
         return whole
+
+    def too_long(self):
+        """Whether the line that has begun is."""
+        return len(self._rest) > self._limit
 
 
 class _Follower:
@@ -2327,6 +2331,8 @@ class _Follower:
         taken, which extends a list by those: it speaks nonsense.
         """
         block = self._buffer.receive(self.sock)
+        if self._buffer.too_long():
+            raise ValueError('a line of more than %d bytes' % _LINE_MAX)
         if not self._greeted:   # which comes in one piece, as it was sent
             hello, _, block = block.partition(b'\n')
             if hello != _HELLO:
@@ -2815,7 +2821,16 @@ UnixDriver.hub_class = _RelayHub
 _LOST = 'notifications.lost'
 _REFUSED = 'notifications.refused'
 
-_DECODER = json.JSONDecoder()
+# NaN and infinities are no JSON: null, as the driver sends it.
+_DECODER = json.JSONDecoder(parse_constant=lambda name: None)
+
+# Bytes of a line. In memory a message can take thirty times that, of small
+# objects; the largest of a hundred that were recorded was of 2 KB.
+_READ_MAX = 4 * 1024 * 1024
+
+# Notifications that one record may say were lost: a million a second, for
+# eleven days.
+_LOST_MAX = 10 ** 12
 
 # Messages that a listener has handed out and that are neither acknowledged
 # nor requeued. Upstream's server would take them without a bound.
@@ -2840,6 +2855,31 @@ _base = importutils.try_import(
                           PollStyleListener=object))
 
 
+def _printable(text, limit=200):
+    """On its line, and harmless to a terminal and a log, whatever it is."""
+    text = str(text)
+    text = text if len(text) <= limit else text[:limit] + '...'
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
+def _lost_by(payload):
+    """How many notifications a record says were lost, if that can be."""
+    lost = payload.get('lost') if isinstance(payload, dict) else None
+    return lost if type(lost) is int and 0 < lost <= _LOST_MAX else 0
+
+
+# What a strict reader may not take, in a line of who is no driver of ours.
+_SURROGATE = re.compile(rb'\\u[dD][89a-fA-F]')
+
+
+def _strict(message):
+    """The line of a message that was read, as the driver would send it."""
+    try:
+        return _line(message, False)
+    except ValueError:      # of an infinity: 1e999 is good JSON
+        return _line(_plain(message), False)
+
+
 class _Subscription(abc.Iterator):
     """A socket that is followed; what subscribe() returns.
 
@@ -2848,10 +2888,11 @@ class _Subscription(abc.Iterator):
 
     _sock = None            # while there is no connection
 
-    def __init__(self, path, reconnect=True):
+    def __init__(self, path, reconnect=True, max_line=_READ_MAX):
         self.path = _parse_path(path, _CONNECT_MAX)
         self.line = b''         # what the last message was read from
         self._reconnect = reconnect
+        self._max_line = max_line
         self.closed = False     # for good: no more will come
         self._reading = threading.Lock()    # by who reads, or disconnects
         self._since = 0         # time.monotonic() when it connected
@@ -2898,14 +2939,14 @@ class _Subscription(abc.Iterator):
 
         :param deadline: when to give up, by time.monotonic()
         :param paused: whether to wait for no message, only for wake()
-        :raises: ValueError for a line that is too long, naming the limit
         """
         message = None
         with self._reading:
             while message is None:
                 if self._lines and not paused:
-                    self.line = self._lines.popleft()
-                    message = self._parse(self.line)
+                    message = self._parse(self._lines.popleft())
+                    if time.monotonic() >= deadline:
+                        break       # there may be no end of what is dropped
                 elif self.closed or not self._wait(deadline, paused):
                     break
         if self.closed:
@@ -2934,10 +2975,10 @@ class _Subscription(abc.Iterator):
             return False
         if ready:
             self._receive()
-        return bool(ready) or time.monotonic() < deadline
+        return bool(ready and self._lines) or time.monotonic() < deadline
 
     def _connect(self):
-        self._buffer = _LineBuffer()
+        self._buffer = _LineBuffer(self._max_line)
         try:
             self._sock = _unix_socket()
             self._sock.setblocking(False)   # connect() would await a backlog
@@ -2959,9 +3000,6 @@ class _Subscription(abc.Iterator):
             self._lines.extend(block.split(b'\n')[:-1])
         except (EOFError, OSError):     # reset: it had not read all we sent
             self._on_end()
-        except ValueError as error:
-            self._on_end()
-            raise ValueError('%s: %s' % (self.path, error))
 
     def _on_end(self):
         """The stream has ended. A line without its end is discarded."""
@@ -2983,9 +3021,15 @@ class _Subscription(abc.Iterator):
     __del__ = _disconnect
 
     def _parse(self, line):
+        if len(line) > self._max_line:
+            line = _lost_record(1, 'it took more than %d bytes' %
+                                self._max_line)
+        self.line = line
         try:
             # Not json.loads(), which guesses the encoding: 8 us, not 7.
             message = _DECODER.decode(line.decode())
+            if b'\\' in line and _SURROGATE.search(line):
+                message = _DECODER.decode(_strict(message).decode())
         except (ValueError, RecursionError):
             message = None
         if not isinstance(message, dict):
@@ -2999,16 +3043,16 @@ class _Subscription(abc.Iterator):
     def note(self, event_type, payload):
         """Log a control record; losses at most once a second, with the sum."""
         payload = payload if isinstance(payload, dict) else {}
+        reason = _printable(payload.get('reason'))
         if event_type == _REFUSED:
-            self.say_once(logging.WARNING, 'refused: %s',
-                          payload.get('reason'))
+            self.say_once(logging.WARNING, 'refused: %s', reason)
             return
         self._lost += _lost_by(payload)
         now = time.monotonic()
         if now - self._lost_told > _CHECK_INTERVAL:
             self._lost_told = now
             self.say(logging.WARNING, '%d notifications were lost since it '
-                     'began: %s', self._lost, payload.get('reason'))
+                     'began: %s', self._lost, reason)
 
     def say_once(self, level, text, *args):
         """Once, until a connection has lasted."""
@@ -3020,13 +3064,7 @@ class _Subscription(abc.Iterator):
         LOG.log(level, 'Notifications from %s: ' + text, self.path, *args)
 
 
-def _lost_by(payload):
-    """How many notifications a record says were lost, if that can be."""
-    lost = payload.get('lost') if isinstance(payload, dict) else None
-    return lost if type(lost) is int and 0 < lost < 10 ** 18 else 0
-
-
-def subscribe(path, *, reconnect=True):
+def subscribe(path, *, reconnect=True, max_line=_READ_MAX):
     """Follow a socket: an iterator of notifications.
 
     When this returns it is connected, if the service is there, and whatever
@@ -3037,7 +3075,8 @@ def subscribe(path, *, reconnect=True):
     it: a ``notifications.lost``, like any notification, whose payload is
     ``{'lost': number, 'reason': text}``. A ``notifications.refused`` says
     why the service has closed the connection. Lines that are no JSON
-    objects are dropped, and logged once.
+    objects are dropped, and logged once; of one that is too long there is a
+    record, too.
 
     Leaving the loop closes the socket; so do ``close()``, from any thread or
     a signal's handler, and the end of a ``with`` block. A forked child may
@@ -3048,14 +3087,16 @@ def subscribe(path, *, reconnect=True):
     :param reconnect: whether to wait for the service and to come back; else
                       the iterator ends with the stream
     :type reconnect: bool
+    :param max_line: bytes of a notification, which in memory may take thirty
+                     times that; 4 MiB unless given, and 64 MiB at most
+    :type max_line: int
     :returns: an iterator, and context manager, of dicts: ``message_id``,
               ``publisher_id``, ``event_type``, ``priority``, ``timestamp``
               (all str) and ``payload`` (whatever was emitted)
-    :raises: ValueError, naming the path and what is wrong with it, and in
-             the iteration for a line of more than 64 MiB; OSError, without
-             ``reconnect``, if the service is not there
+    :raises: ValueError, naming the path and what is wrong with it; OSError,
+             without ``reconnect``, if the service is not there
     """
-    return _Subscription(path, reconnect)
+    return _Subscription(path, reconnect, max_line)
 
 
 # -- the transport ----------------------------------------------------------
@@ -3224,8 +3265,6 @@ class _Listener(_base.PollStyleListener):
                     break
                 if len(batch) == 1 and batch_timeout is not None:
                     deadline = _deadline(batch_timeout)
-        except ValueError as error:     # the line is too long; it reconnects
-            LOG.warning('Notifications: %s', error)
         except Exception:
             LOG.exception('Notifications from %s', self._subscription.path)
             time.sleep(_Backoff.MAX)
@@ -3251,13 +3290,13 @@ class _Listener(_base.PollStyleListener):
             message = self._subscription.take(min(deadline, until),
                                               paused=full)
             self._is_new = True     # or there was none
-            if message is None:
-                if self._subscription.closed or time.monotonic() >= deadline:
-                    return None
-            elif self._is_wanted(message):
+            if message is not None and self._is_wanted(message):
                 with self._lock:
                     return self._hand_out(_Incoming(
                         self, message, len(self._subscription.line)))
+            if (time.monotonic() >= deadline
+                    or message is None and self._subscription.closed):
+                return None
 
     def _first_due(self):
         """Of what was put off: when it is due, and the queue it heads."""
@@ -3302,8 +3341,8 @@ class _Listener(_base.PollStyleListener):
             return True
         # The dispatcher would fail on it, and have it requeued, for ever.
         self._subscription.say_once(
-            logging.WARNING, 'dropped, for it has no priority: %.80r',
-            self._subscription.line)
+            logging.WARNING, 'dropped, for it has no priority: %r',
+            self._subscription.line[:80])
         return False
 
 
@@ -3406,13 +3445,6 @@ def _ids(payload, event_type):
                 yield payload[key]
 
 
-def _printable(text, limit=200):
-    """On its line, and harmless to a terminal and a log, whatever it is."""
-    text = str(text)
-    text = text if len(text) <= limit else text[:limit] + '...'
-    return text if text.isprintable() else ascii(text)[1:-1]
-
-
 def _text(message):
     """One readable line: when, how grave, what, from whom, about which."""
     payload = message.get('payload')
@@ -3480,8 +3512,8 @@ def _print(stream, arguments):
         event_type = str(message.get('event_type'))
         if arguments.event_type.search(event_type):
             # Not the line as it came, which need not be strict, nor harmless.
-            _write((_text(message).encode() if arguments.text else
-                    _dumps(message).encode()) + b'\n')
+            _write(b'%s\n' % _text(message).encode() if arguments.text
+                   else _strict(message))
             count += event_type != _REFUSED
             if count == arguments.count:
                 break

@@ -3753,6 +3753,23 @@ class SubscribeTest(ConsumerTestCase):
         service.close()
         self.assertEqual([], list(stream))
 
+    def test_service_that_passes_descriptors_is_refused_or_cut_off(self):
+        for guarded in unix_notifier._guarded, lambda: False:
+            self.patch('_guarded', guarded)
+            stream, service = self.connected(reconnect=False)
+            service.sendall(line(1))
+            self.assertEqual(numbered(1), next(stream))
+            reading, writing = os.pipe()
+            self.addCleanup(os.close, reading)
+            with contextlib.suppress(PermissionError):
+                socket.send_fds(service, [line(2)], [writing])
+            os.close(writing)
+            service.close()
+            self.assertEqual([], list(stream))
+            # At last, whatever closes it.
+            self.assertTrue(select.select([reading], [], [], WAIT)[0])
+            os.unlink(self.path)
+
     def test_nobody_there_raises_if_asked_to(self):
         error = self.assertRaises(FileNotFoundError, unix_notifier.subscribe,
                                   self.path, reconnect=False)

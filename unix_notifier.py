@@ -940,19 +940,11 @@ class _Subscriber:
     def listen(self):
         """Discard what the peer sent; why it must part, or None."""
         try:
-            size = _DISCARD_MAX
-            if not _guarded():
-                # What is out of band could not be peeked, nor be waited for.
-                self.sock.setsockopt(
-                    socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
-                peeked, _, flags, _ = self.sock.recvmsg(
-                    size, 0, socket.MSG_PEEK)   # with no room for descriptors
-                if flags & socket.MSG_CTRUNC:
-                    return 'it sent descriptors'
-                size = len(peeked)
-            data = self.sock.recv(size)
+            data = _recv(self.sock, _DISCARD_MAX)
         except BlockingIOError:
             return None
+        except PermissionError as error:
+            return error.strerror
         except OSError:
             return 'it is gone'
         self.discarded += len(data)
@@ -1962,6 +1954,19 @@ def _unix_socket(fileno=None):
     return sock
 
 
+def _recv(sock, size):
+    """``sock.recv()``; a PermissionError if descriptors come with it."""
+    if not _guarded():
+        # What is out of band could not be peeked, nor be waited for.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        peeked, _, flags, _ = sock.recvmsg(
+            size, 0, socket.MSG_PEEK)   # with no room for descriptors
+        if flags & socket.MSG_CTRUNC:
+            raise PermissionError(errno.EPERM, 'it sent descriptors')
+        size = len(peeked)
+    return sock.recv(size)
+
+
 def _accept(sock):
     """``sock.accept()[0]``, non-blocking, without giving up the GIL."""
     fd = _libc.accept4(sock.fileno(), None, None,
@@ -2288,7 +2293,7 @@ class _LineBuffer:
 
     def receive(self, sock):
         """The lines that are whole by now, or an EOFError."""
-        data = sock.recv(self._most)
+        data = _recv(sock, self._most)
         if not data:
             raise EOFError
         self._most = _CHUNK_MAX if len(data) >= _RECV_MIN else _RECV_MIN
@@ -3015,10 +3020,15 @@ class _Subscription(abc.Iterator):
 
     def _disconnect(self):
         if self._sock is not None:
-            self._sock.close()  # no shutdown: it may be a forked child's copy
+            # No shutdown: it may be a forked child's copy. Nor _close(), where
+            # it has no need of a thread: eventlet would not hear of it.
+            (self._sock.close if _guarded() else
+             functools.partial(_close, self._sock))()
             self._sock = None
 
-    __del__ = _disconnect
+    def __del__(self):
+        if self._sock is not None:      # the module may have been cleared
+            self._sock.close()
 
     def _parse(self, line):
         if len(line) > self._max_line:

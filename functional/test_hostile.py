@@ -15,9 +15,12 @@
 
 Guards against a service that whoever may connect can stop, slow or drown in
 log lines: a subscriber that does no harm would miss something, the loop would
-take a whole core, or the log would grow by a line for each connection.
+take a whole core, or the log would grow by a line for each connection. Also
+against readers that a service can have write to a terminal, forge lines in a
+log, take memory without end, or not come back.
 """
 
+import json
 import os
 import signal
 import socket
@@ -26,6 +29,7 @@ import sys
 import time
 
 import base
+import test_consumers
 
 # Connects and leaves, until it is to end, and says how often.
 FLOOD = """
@@ -147,17 +151,6 @@ class DescriptorTest(base.RelayTestCase):
         for sock in subscriber.sock, waiting[0]:
             self.assert_not_taken(sock)
 
-    def test_consumer_takes_none(self):
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.settimeout(base.PATIENCE)
-            listener.bind(self.path)
-            listener.listen()
-            self.client([sys.executable, '-W', 'ignore', '-m',
-                         'unix_notifier', self.path])
-            sock = listener.accept()[0]
-            self.addCleanup(sock.close)
-            self.assert_not_taken(sock)
-
 
 class PlacesTest(base.FunctionalTestCase):
 
@@ -183,3 +176,92 @@ class PlacesTest(base.FunctionalTestCase):
         for each, emitted in zip(ours, (2, 2, 1, 0)):
             self.assert_complete(each, emitted)
             self.assertEqual(emitted < 2, 'fewer' in (each.refused or ''))
+
+
+class HostileServiceTest(test_consumers.ConsumerTestCase):
+
+    """The service lies to those who read; it is played by the test."""
+
+    def connection(self, consumer, *arguments, **kwargs):
+        """Serve the path, start a consumer, and return our end of it."""
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.settimeout(base.PATIENCE)
+            listener.bind(self.path)
+            listener.listen(1)
+            consumer(*arguments, **kwargs)
+            sock = listener.accept()[0]
+        os.unlink(self.path)
+        self.addCleanup(sock.close)
+        return sock
+
+    def start_command(self, *arguments):
+        self.process = subprocess.Popen(
+            [*test_consumers.COMMAND, self.path, *arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.addCleanup(self.process.communicate)
+        self.addCleanup(self.process.kill)
+
+    def run_command(self, data, *arguments):
+        """What the command line writes, and says, of what comes."""
+        sock = self.connection(self.start_command, '--count', '10', *arguments)
+        sock.sendall(data)
+        return [each.splitlines() for each in self.process.communicate(
+            timeout=base.PATIENCE)]
+
+    def assert_harmless(self, line):
+        self.assertTrue(line.decode('ascii').isprintable(), line)
+
+    def test_command_writes_strict_lines_that_do_no_harm(self):
+        values = (b'NaN', b'-Infinity', b'1e999', b'"\\ud800"', b'[\r1\t]',
+                  b'"\x7f"', '"\x9b2J \u202e"'.encode(), b'"x"',
+                  b'[' * 500 + b']' * 500, b'{"a":1,\r"a":2}')
+        output, errors = self.run_command(b''.join(
+            b'{"event_type": "x", "payload": %s}\r\n' % each
+            for each in values))
+        self.assertEqual(len(values), len(output))
+        for line in output:
+            self.assert_harmless(line)
+            payload = json.loads(line, parse_constant=self.fail)['payload']
+            json.dumps(payload, ensure_ascii=False).encode()
+        self.assertEqual([b'connected'], [
+            each.split(b': ')[-1] for each in errors])
+
+    def test_command_writes_text_and_errors_that_do_no_harm(self):
+        evil = 'a\nb\x1b[2J\x9b\u202e' + 'x' * 10000
+        lines = [{'event_type': 'notifications.' + each, 'priority': evil,
+                  'publisher_id': evil, 'payload': {
+                      'lost': 10 ** 400, 'reason': evil, 'id': evil}}
+                 for each in ('lost', 'refused')]
+        lines += [evil] + 10 * [dict(lines[0], event_type=evil)]
+        output, errors = self.run_command(''.join(
+            json.dumps(each) + '\n' for each in lines).encode(), '--text')
+        self.assertEqual((11, 4), (len(output), len(errors)), errors)
+        for line in output + errors:
+            self.assert_harmless(line)
+            self.assertLess(len(line), 1500)
+        self.assertIn(b': 0 notifications were lost', errors[1])
+
+    def test_listener_takes_little_memory_whatever_comes(self):
+        consumer = self.consumer()
+        sock = self.connection(consumer.ask, 'listen', url=self.url)
+        sock.sendall(b'{}\n')
+        before = base.memory(consumer.pid)
+        sock.sendall(b'{"payload":[' + b'{},' * (16 * base.MIB) + b'0]}\n')
+        base.wait_until(lambda: consumer.ask('heard')['lost'] == 1,
+                        'it is told lost')
+        for _ in range(50000):
+            sock.sendall(b'x')
+        self.assertLess(base.memory(consumer.pid) - before, 8 * base.MIB)
+
+    def test_descriptors_are_not_taken(self):
+        # Where the kernel cannot refuse them, the connection ends.
+        sock = self.connection(self.start_command)
+        with open(os.devnull) as file:
+            try:
+                for _ in range(2):
+                    socket.send_fds(sock, [b'x'], [file.fileno()])
+                    sock.settimeout(base.PATIENCE)
+                    self.assertEqual(b'', sock.recv(1))
+            except (PermissionError, BrokenPipeError, ConnectionResetError):
+                return
+        self.fail('it was taken')

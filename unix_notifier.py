@@ -2247,6 +2247,7 @@ class _Uplink(_Subscriber):
         super().__init__(None, backlog, 'the leader')
         self.listen = listen    # the hub's: what it hears is for its gate
         self.greeted = False    # the leader has said hello
+        self.since = 0          # time.monotonic() when it last did
         self.blocked = True
 
     def wanted(self):
@@ -2255,6 +2256,7 @@ class _Uplink(_Subscriber):
     def greet(self):
         """The leader takes lines from now on."""
         self.greeted = True
+        self.since = time.monotonic()
         self.blocked = False
 
     def lost_line(self, lost):
@@ -2372,6 +2374,8 @@ class _RelayHub(_Hub):
         # The loop alone. As a follower, and before anything is known:
         self._uplink = _Uplink(self._backlog, self._on_leader)  # or we lead
         self._subscribers[self._uplink] = None
+        self._followed = None   # the leader that was last told of
+        self._hasty = _Backoff()    # from leaders that hang up at once
         self._passed = None     # the leader's listener, by hello
         self._presence = None   # the leader's, by hello, or our own
         # As a leader:
@@ -2626,7 +2630,9 @@ class _RelayHub(_Hub):
         gate = _Gate(_poll(sock.fileno(), presence.fileno(),
                            self._uplink.sock.fileno()))
         if not self._uplink.greeted:
-            self._say(logging.INFO, 'relayed to %s', self._uplink.who)
+            if self._followed != self._uplink.who:
+                self._followed = self._uplink.who
+                self._say(logging.INFO, 'relayed to %s', self._followed)
             if not gate.look():
                 self._uplink.forget(self._backlog)  # nobody is owed it
         self._gate = gate
@@ -2648,8 +2654,14 @@ class _RelayHub(_Hub):
         self._unwatch(subscriber.sock)
         subscriber.sock.close()
         subscriber.disconnect()
-        if greeted:     # else it is tried again when due, not without end
+        if greeted and time.monotonic() - subscriber.since > _CHECK_INTERVAL:
+            self._hasty.clear()
             self._check_path()
+        elif greeted:   # else it is tried again when due, not without end
+            self._hasty.fail()
+            self._retry.at = self._hasty.at
+            if self._hasty.delay == _Backoff.MAX:
+                self._log_stranger(subscriber.who, 'it hangs up each time')
 
     # Leading.
 

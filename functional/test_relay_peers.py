@@ -35,6 +35,7 @@ import unix_notifier
 # A user that is neither root nor the service.
 STRANGER = base.NOBODY - 1
 HELLO = b'unix-notifier relay 1\n'
+WELCOME = 'unix-notifier relay 1 [1, 2, 3]\n'
 LINE = json.dumps(dict(dict.fromkeys(base.Account.KEYS, ''),
                        payload={})).encode('ascii') + b'\n'
 # The publisher, with the module from another directory.
@@ -45,8 +46,8 @@ import publisher
 publisher.main()
 """
 # A leader as far as others can see, of the user in the second argument. It
-# answers each follower with what comes from stdin, and as many descriptors of
-# a file as the third says, and tells what it got.
+# answers each follower with what comes from stdin, and two descriptors of what
+# the third names, and tells what it got.
 FAKE = """
 import fcntl, os, socket, sys, time
 path, uid = sys.argv[1], int(sys.argv[2])
@@ -60,11 +61,13 @@ listener = socket.socket(socket.AF_UNIX)
 listener.bind(path + '.relay')
 os.chmod(path + '.relay', 0o666)
 listener.listen(100)
+unused = socket.socket(socket.AF_UNIX)
+passed = {'none': [], 'file': [lock] * 2, 'socket': [unused.fileno()] * 2}
 while True:
     sock = listener.accept()[0]
     try:
         if answer:
-            socket.send_fds(sock, [answer], [lock] * int(sys.argv[3]))
+            socket.send_fds(sock, [answer], passed[sys.argv[3]])
         print(repr(sock.recv(1000)), flush=True)
     except OSError as error:
         print(repr(error), flush=True)
@@ -396,28 +399,31 @@ class ProtocolTest(PeersTestCase):
         self._assert_calm([late, other])
         self.assert_heard([other])
 
-    def _assert_not_followed(self, answer, descriptors=0):
-        fake = self.start(FAKE, self.path, '%d' % os.geteuid(),
-                          '%d' % descriptors)
+    def _assert_not_followed(self, answer, passed, word):
+        fake = self.start(FAKE, self.path, '%d' % os.geteuid(), passed)
         fake.stdin.write(answer)
         fake.stdin.close()
         base.wait_until(lambda: os.path.exists(self.relay), 'relay')
         service = self.publisher()
-        service.wait_log('protocol')
+        service.wait_log(word)
         before = base.descriptors(service.pid)
         service.ask('emit', count=10)
         self._assert_calm([service])
         self.assertLess(base.descriptors(service.pid), before + 3)
-        self.assertEqual(1, len(service.log('protocol')))
+        self.assertEqual(1, len(service.log(word)))
+        self.assertGreaterEqual(1, len(service.log('relayed to')))
         fake.kill()
         fake.wait()
         self.assert_heard([service])
 
     def test_leader_that_talks_nonsense(self):
-        self._assert_not_followed('hello\n')
+        self._assert_not_followed('hello\n', 'none', 'protocol')
 
     def test_leader_that_passes_what_is_no_socket(self):
-        self._assert_not_followed(HELLO.decode().strip() + ' [1, 2, 3]\n', 2)
+        self._assert_not_followed(WELCOME, 'file', 'protocol')
+
+    def test_leader_that_greets_and_hangs_up(self):
+        self._assert_not_followed(WELCOME, 'socket', 'hangs up each time')
 
 
 class CopyTest(PeersTestCase):

@@ -2789,6 +2789,48 @@ class DriverTest(TestCase):
         wait_until(lambda: self.log.output)
         self.assertLogged("'relative'")
 
+    def test_its_threads_take_no_signal(self):
+        masks, before = [], signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+        def spy(*_):    # in the thread, before it runs anything of ours
+            sys.setprofile(None)
+            masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+
+        self.addCleanup(threading.setprofile, None)
+        threading.setprofile(spy)
+        self.serve()
+        self.configure_globally('relative')
+        self.notify(unix_notifier.UnixDriver())
+        wait_until(lambda: len(masks) == 2)
+        for mask in masks:
+            self.assertEqual(
+                {signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV,
+                 signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP,
+                 signal.SIGSYS}, signal.valid_signals() - mask)
+        with fixtures.MonkeyPatch('threading.Thread.start', none_left):
+            unix_notifier.UnixDriver(self.make_conf(self.path + '2'))
+        # Others may run in this thread while a green one is started.
+        with fixtures.MonkeyPatch('threading.Thread.start', spy), (
+                fixtures.MonkeyPatch('_thread.start_new_thread', spy)):
+            unix_notifier.UnixDriver(self.make_conf(self.path + '3'))
+        self.assertEqual([before, before], [masks[-1], signal.pthread_sigmask(
+            signal.SIG_BLOCK, ())])
+
+    def test_signal_that_the_service_waits_for_is_left_to_it(self):
+        numbers = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
+                   signal.SIGUSR1, signal.SIGCHLD}
+
+        def child():
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+            self.serve()
+            signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+            for number in numbers:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+                self.assertTrue(signal.sigtimedwait({number}, WAIT))
+
+        self.assertEqual('', in_child(child))
+
     def test_first_notify_out_of_stack_does_not_count(self):
         self.conf.register_opt(cfg.StrOpt('state', default=self.dir))
         self.configure_globally('$state/s')

@@ -186,6 +186,35 @@ _SHORT = 16 * 1024
 # Monkey patching, which removes select.poll(), does not reach it.
 _libc = ctypes.PyDLL(None)
 
+# A sigset_t: what no thread of ours takes. Not what a thread gets for what it
+# has done itself, which has to find its handler, such as faulthandler's.
+_signals = ctypes.create_string_buffer(128)
+_libc.sigfillset(_signals)
+for _number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL,
+                signal.SIGTRAP, signal.SIGSYS):
+    _libc.sigdelset(_signals, _number)
+
+
+def _start(thread):
+    """Start a thread, which will take no signal, unless it is a green one.
+
+    A signal that the service has blocked, to wait for it, is given to any
+    thread that has not, and may end the process there. The thread inherits
+    its mask, for it could not set one before it has the GIL. In between, no
+    handler of a signal can run, and raise, at a place where ours would stay:
+    that takes the end of a call, or the start of a function in Python.
+    """
+    if not isinstance(_thread.start_new_thread, types.BuiltinFunctionType):
+        thread.start()      # others run in this very thread meanwhile
+        return
+    mask = ctypes.create_string_buffer(len(_signals))
+    _libc.pthread_sigmask(signal.SIG_BLOCK, None, mask)
+    try:
+        _libc.pthread_sigmask(signal.SIG_BLOCK, _signals, None)
+        thread.start()
+    finally:
+        _libc.pthread_sigmask(signal.SIG_SETMASK, mask, None)
+
 
 # Not an IntFlag each time, which takes 2 us.
 _AT_ONCE = int(socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
@@ -1327,7 +1356,7 @@ class _Hub:
                 # wait for it to run.
                 self._thread = threading.Thread(
                     target=self._run, name='unix-notifier', daemon=True)
-                self._thread.start()
+                _start(self._thread)
                 # A child of multiprocessing leaves without atexit. It runs
                 # its finalizers, which its bootstrap clears: not sooner.
                 if process.parent_process() is not None:
@@ -2151,9 +2180,10 @@ class UnixDriver(notifier.Driver):
             # In one step: one of the threads that may be here tells.
             if self.__dict__.setdefault('_failed', error) is error:
                 try:
-                    threading.Thread(target=LOG.error, daemon=True, args=(
-                        'No notifications are published: %s', str(error)
-                        )).start()
+                    _start(threading.Thread(
+                        target=LOG.error, daemon=True, args=(
+                            'No notifications are published: %s',
+                            str(error))))
                 except BaseException:
                     del self._failed
                     raise

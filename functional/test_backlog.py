@@ -14,13 +14,19 @@
 """Whatever is appended, sent in part and skipped: the account adds up.
 
 Guards against a line that is cut or sent twice, a loss that is not reported
-or not in its place, and a backlog that outgrows its bound. hypothesis makes
-up the histories, the same ones in each run.
+or not in its place, a backlog that outgrows its bound, and a reader that
+stumbles over what a service sends. hypothesis makes up the histories, the same
+ones in each run.
 """
 
 import collections
+import contextlib
 import json
+import socket
+import threading
+import time
 
+import fixtures
 import hypothesis
 from hypothesis import stateful
 from hypothesis import strategies
@@ -230,10 +236,155 @@ class LineBufferTest(base.BaseTestCase):
             blocks = [buffer.feed(piece) for piece in pieces]
             whole, newline, rest = b''.join(pieces).rpartition(b'\n')
             self.assertEqual(whole + newline, b''.join(blocks))
-            self.assertEqual(rest, b''.join(buffer._parts))
-            self.assertEqual(len(rest), buffer._size)
+            self.assertEqual(rest + b'\n', buffer.feed(b'\n'))
 
         check()
+
+
+# What a service may send that is no notification, or a strange one.
+RUBBISH = strategies.binary(max_size=30).map(
+    lambda data: data.replace(b'\n', b'')) | strategies.sampled_from((
+        b'null', b'[1]', b'NaN', b'[' * 2000, b'{"a":' * 2000, b'9' * 5000,
+        b'\xef\xbb\xbf{}', b'x' * (LIMIT + 1)))
+VALUES = strategies.recursive(strategies.sampled_from((
+    b'NaN', b'1e999', b'-1', b'"\\ud800"', b'"\\uDe00\\\\ud83d\\ude00"',
+    b'null', b'true', b'\t1\r', b'"\\u001b[2J"', '"\x9b\u202e"'.encode(),
+    b'9' * 19, b'notifications.lost', b'"notifications.refused"')),
+    lambda inner: (
+        strategies.lists(inner).map(
+            lambda each: b'[%s]' % b','.join(each))
+        | strategies.dictionaries(strategies.sampled_from((
+            b'lost', b'reason', b'id', b'x_id', b'event_type', b'priority',
+            b'payload', b'n_object.data')), inner).map(
+                lambda each: b'{%s}' % b','.join(
+                    b'"%s":%s' % item for item in each.items()))),
+    max_leaves=10)
+
+
+def refuse(constant):
+    raise ValueError(constant)
+
+
+def is_strict(line):
+    try:
+        message = json.loads(line.decode(), parse_constant=refuse)
+        json.dumps(message, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(message, dict)
+
+
+class ReaderTest(base.BaseTestCase):
+
+    """Whatever a service sends, readers go on, and count what they miss."""
+
+    def setUp(self):
+        super().setUp()
+        self.path = self.useFixture(fixtures.TempDir()).join('s')
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.addCleanup(self.listener.close)
+        self.listener.bind(self.path)
+        self.listener.listen()
+        self.log = self.useFixture(fixtures.FakeLogger())
+
+    def patch(self, name, value):
+        self.useFixture(fixtures.MonkeyPatch(
+            unix_notifier.__name__ + '.' + name, value))
+
+    def test_subscription(self):
+        def good(number):
+            return b'{"n": %d}' % number
+
+        @hypothesis.settings(SETTINGS)
+        @hypothesis.given(strategies.lists(VALUES | RUBBISH | strategies.none(
+            )), strategies.lists(strategies.integers(1, 50)), RUBBISH)
+        def check(values, cuts, rest):
+            lines = [good(number) if value is None else value
+                     for number, value in enumerate(values)]
+            data = b''.join(line + b'\n' for line in lines) + rest
+            stream = unix_notifier.subscribe(self.path, reconnect=False,
+                                             max_line=LIMIT)
+            service = self.listener.accept()[0]
+            thread = threading.Thread(target=send, args=(service, data, cuts))
+            thread.start()
+            messages = list(stream)
+            thread.join()
+            self.assertEqual(
+                [json.loads(line) for line in lines if line[:4] == b'{"n"'],
+                [each for each in messages if 'n' in each])
+            told = sum(each.get('payload') == {
+                'lost': 1, 'reason': 'it took more than %d bytes' % LIMIT}
+                for each in messages)
+            self.assertEqual(sum(len(line) > LIMIT for line in lines), told)
+            self.assertLessEqual(
+                sum(map(is_strict, lines)) + told, len(messages))
+            for message in messages:
+                self.assertTrue(is_strict(unix_notifier._strict(message)))
+                self.assertTrue(b'1e999' in data or is_strict(
+                    json.dumps(message).encode()))
+                for line in (unix_notifier._strict(message)[:-1].decode(),
+                             unix_notifier._text(message)):
+                    self.assertTrue(line.isprintable(), line)
+
+        check()
+        self.assertNotIn('Traceback', self.log.output)
+        self.assertTrue(all(len(line) < 500 and line.isprintable()
+                            for line in self.log.output.splitlines()))
+
+    def test_listener(self):
+        self.patch('_HELD_MAX', 3 * 1024)
+        self.patch('_REQUEUE_FIRST', 5e-3)
+        self.patch('_REQUEUE_MAX', 1e-2)
+        self.patch('_CHECK_INTERVAL', 1e-3)
+
+        @hypothesis.settings(SETTINGS)
+        @hypothesis.given(strategies.lists(strategies.sampled_from((
+            'send', 'rubbish', 'acknowledge', 'requeue', 'requeue', 'poll',
+            'batch')), max_size=200))
+        def check(steps):
+            listener = unix_notifier._Listener(self.path, 3)
+            service = self.listener.accept()[0]
+            held, sent, done = collections.deque(), 0, 0
+
+            def settle(incoming):
+                lost = incoming.message['event_type'] == 'notifications.lost'
+                incoming.acknowledge()
+                return incoming.message['payload']['lost'] if lost else 1
+
+            for step in steps:
+                if step == 'send':
+                    service.sendall(
+                        5 * b'{"event_type": "x", "priority": "x"}\n')
+                    sent += 5
+                elif step == 'rubbish':
+                    service.sendall(b'{}\nx\n[]\n')
+                elif step in ('poll', 'batch'):
+                    batch = listener.poll(0, 3 if step == 'batch' else 1)
+                    held.extend(batch)
+                    self.assertLess(len(held), 4)
+                elif held and step == 'requeue':
+                    held.popleft().requeue()
+                elif held:
+                    done += settle(held.popleft())
+            deadline = time.monotonic() + 10
+            while done < sent and time.monotonic() < deadline:
+                held.extend(listener.poll(0.001))
+                while held:
+                    done += settle(held.popleft())
+            self.assertEqual(sent, done)
+            listener.stop()
+            service.close()
+
+        check()
+        self.assertNotIn('Traceback', self.log.output)
+
+
+def send(sock, data, cuts):
+    with sock, contextlib.suppress(OSError):
+        for cut in cuts:
+            sock.sendall(data[:cut])
+            data = data[cut:]
+        sock.sendall(data)
 
 
 class Endless:
@@ -274,9 +425,6 @@ class EncodeTest(base.BaseTestCase):
             | strategies.lists(inner, max_size=3).map(tangled)
             | strategies.lists(plain, max_size=3).map(collections.UserList)
             | strategies.frozensets(plain, max_size=3)), max_leaves=20)
-
-        def refuse(constant):
-            raise ValueError(constant)
 
         def parse(line):
             message = json.loads(line, parse_constant=refuse)

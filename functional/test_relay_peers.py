@@ -21,6 +21,7 @@ out, CPU time would be spent in a quarrel, or lines would be missing.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -424,6 +425,22 @@ class ProtocolTest(PeersTestCase):
 
     def test_leader_that_greets_and_hangs_up(self):
         self._assert_not_followed(WELCOME, 'socket', 'hangs up each time')
+
+
+class LockTest(PeersTestCase):
+
+    def test_who_may_but_read_the_lock_can_hold_it(self):
+        first = self.publisher()
+        first.wait_log('served')
+        first.kill()
+        first.wait_exit()
+        with open(self.path + '.lock') as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            service = self.publisher()
+            service.wait_log('held; its last owner was process %d' % first.pid)
+            service.ask('emit', count=10)
+        service.wait_log('served')
+        self.assert_heard([service])
 
 
 class CopyTest(PeersTestCase):

@@ -169,6 +169,13 @@ _CHECK_INTERVAL = 1
 _EXIT_TIME = 1
 _EXIT_STALL = 0.1
 
+# Seconds: when what lasts is said again, for the log may have been opened, or
+# rotated, since: a trouble, then ever later; and who serves the path, then
+# daily.
+_AGAIN = 10
+_AGAIN_MAX = 60 * 60
+_DAY = 24 * 60 * 60
+
 # notify() itself sends so many lines in a row, and after that one in so many
 # seconds; what is beyond goes in batches, which cost less.
 _HAND_OVERS = 32
@@ -230,12 +237,11 @@ def _send_short(sock, data):
 
 # -- format: a message becomes one line -------------------------------------
 
-# Levels and containers of a message that are copied where the encoder cannot
-# go on, in a second at most; and items of one that may have no end. What is
-# cut counts for many: among three dozen dicts that hold one another there are
-# 10 ** 41 paths.
+# Levels and values of a message that are copied where the encoder cannot go
+# on. One that is cut counts for many: among three dozen dicts that hold one
+# another there are 10 ** 41 paths.
 _DEPTH_MAX = 100
-_ITEMS_MAX = 256 * 1024
+_VALUES_MAX = 256 * 1024
 _CUT_COST = 256
 
 # Python 3.14 holds its own to the size of the stack alone: of a dict that is
@@ -253,7 +259,7 @@ def _as_text(value):
     Of netaddr's classes, and those that are derived from them, the str.
     """
     try:
-        if any(str(each.__module__).startswith('netaddr.')
+        if any(each.__module__.startswith('netaddr.')
                for each in type(value).__mro__):
             return str(value)
         return _REPR.repr(value)
@@ -263,8 +269,8 @@ def _as_text(value):
 
 def _taken(items):
     """They, unless they are so many that there may be no end of them."""
-    taken = list(itertools.islice(items, _ITEMS_MAX))
-    if len(taken) == _ITEMS_MAX:
+    taken = list(itertools.islice(items, _VALUES_MAX))
+    if len(taken) == _VALUES_MAX:
         raise ValueError
     return taken
 
@@ -295,7 +301,7 @@ def _plain(value, above=(), left=None):
     """A copy of the value that strict JSON can hold.
 
     Cut short where it has no end. ``above`` are the ids of what is around the
-    value; ``left`` is how many containers may yet come, in a list.
+    value; ``left`` is how many values may yet come, in a list.
     """
     if value is None or isinstance(value, str):
         return value
@@ -306,7 +312,7 @@ def _plain(value, above=(), left=None):
             return value if int.__repr__(value) else None
         except ValueError:      # too long to print
             return '<no repr>'
-    left = left or [_ITEMS_MAX]
+    left = left or [_VALUES_MAX]
     left[0] -= 1
     if id(value) in above or len(above) > _DEPTH_MAX or left[0] < 0:
         left[0] -= _CUT_COST
@@ -1099,6 +1105,75 @@ class _Backoff:
         self.at = time.monotonic() + self.delay * jitter
 
 
+class _Log:
+    """What a hub tells: who serves the path, and what keeps it from that.
+
+    A trouble is told of again while it lasts, at a try that is made anyway;
+    who serves, when the path is looked after.
+    """
+
+    def __init__(self, path):
+        self._path = path
+        self.unsaid = None      # records, while nothing may be logged
+        self._state = None      # who serves
+        self.due = math.inf     # time.monotonic() to say that again
+        self._forget()
+
+    def _forget(self):
+        self._kinds = set()     # of troubles that were told of
+        self._tries = 0
+
+    def say(self, level, text, *args, exc_info=None):
+        record = (level, 'Notifications on %s: ' + text, self._path, *args)
+        if self.unsaid is not None:
+            self.unsaid.append(record)
+            return
+        with _no_fork():
+            LOG.log(*record, exc_info=exc_info)
+
+    def serves(self, state, anew=True):
+        """Who serves from now on; it is told if it is new."""
+        if anew or state != self._state:
+            self._state, self._began = state, _now()
+            self.due = time.monotonic() + _AGAIN
+            self.say(logging.INFO, '%s', state)
+
+    def fault(self, error, exc_info=None):
+        """Something failed, and will be tried again."""
+        now, more = time.monotonic(), ''
+        kind = (type(error), getattr(error, 'errno', None),
+                getattr(error, 'filename', None))
+        self._tries += 1
+        self._last = str(error)
+        if not self._kinds:
+            self._since, self._delay = _now(), _AGAIN
+            self._next = now + _AGAIN
+        elif kind in self._kinds:
+            if now < self._next:
+                return
+            more = ' since ' + self._since
+            self._delay = min(2 * self._delay, _AGAIN_MAX)
+            self._next = now + self._delay
+        self._kinds.add(kind)
+        self.say(logging.WARNING, '%s; trying again%s', error, more,
+                 exc_info=exc_info)
+
+    def well(self):
+        """Nothing failed."""
+        if self._kinds:
+            self.say(logging.WARNING, 'all is well again: %s; tried %d times '
+                     'since %s: %s', self._state, self._tries, self._since,
+                     self._last)
+            self._forget()
+        elif time.monotonic() > self.due:
+            self.due = time.monotonic() + _DAY
+            self.say(logging.INFO, '%s, since %s', self._state, self._began)
+
+
+def _now():
+    return time.strftime('%Y-%m-%d %H:%M:%S')
+
+
 class _Visits:
     """The log of who comes and goes: a line a second, at most.
 
@@ -1153,6 +1228,8 @@ class _Hub:
 
     def __init__(self, settings):
         self.settings = settings
+        self._log = _Log(settings.path)
+        self._say = self._log.say
         self._pid = os.getpid()     # whose it is; None in a forked child
         # Any thread.
         self._queue = collections.deque()   # lines, and pads (None)
@@ -1165,6 +1242,7 @@ class _Hub:
         self._gate = _Gate(_keep_all, True)     # until the first claim
         self._starting = threading.Lock()   # tried, never waited for
         self._thread = self._waker = None
+        self._no_thread = None  # why there was none
         # Held by whoever does the loop's work, but not while it sleeps; see
         # _hand_over(). Publishers only try it.
         self._turn_lock = threading.Lock()
@@ -1182,11 +1260,8 @@ class _Hub:
         self._unsent = False    # someone may be sent more at once
         self._late = False      # others want the GIL: it is kept where it can
         self._retry = _Backoff()    # for the path
-        self._troubles = set()  # those already logged, until all is well
-        self._unsaid = None     # records, while nothing may be logged
         self._reserve = None    # a descriptor to give up when there is none
         self._starved = False   # accepting fails for want of descriptors
-        self._recovered = False     # it did, which is yet to be told
         self._visits = _Visits(self._say)
         self._visited = False   # by someone who came, went or talked
         self._rested = self._worked = 0     # see _slow_down()
@@ -1279,7 +1354,7 @@ class _Hub:
         if stream.blocked or stream.pending():
             return None
         if now - self._checked > _CHECK_INTERVAL:
-            if not self._intact():
+            if not self._intact() or now > self._log.due:
                 return None
             self._checked = now
         return stream if self._none_waits() else None
@@ -1346,14 +1421,14 @@ class _Hub:
     def start(self):
         """Start the loop, if need be. Never raises.
 
-        Without a thread to be had (3.12 has none at exit) the next line
+        Without a thread to be had (3.12 has none at exit) a later line
         tries again, and close() does what is left to do.
         """
         if self._closing or not self._starting.acquire(blocking=False):
             return
         try:
-            if self._thread is None:
-                self._waker = _Event()
+            if self._thread is None and (
+                    time.monotonic() > (self._retry.at or 0)):
                 # Known before it starts: a signal handler may raise as we
                 # wait for it to run.
                 self._thread = threading.Thread(
@@ -1363,10 +1438,14 @@ class _Hub:
                 # its finalizers, which its bootstrap clears: not sooner.
                 if process.parent_process() is not None:
                     util.Finalize(None, self.close, exitpriority=0)
-        except (OSError, RuntimeError):
-            self._thread = self._waker = None
-            self._asleep = True
+        except RuntimeError as error:
+            self._thread, self._no_thread = None, error
+            self._retry.fail()
+            self._checked = time.monotonic()
+            self._shut(error)
         finally:
+            if self._thread is None:
+                self._asleep = True
             self._starting.release()
 
     def close(self):
@@ -1376,7 +1455,8 @@ class _Hub:
         self._closing = True
         deadline = time.monotonic() + _EXIT_TIME
         if self._thread is not None:
-            self._waker.set()
+            if self._waker is not None:
+                self._waker.set()
             with contextlib.suppress(RuntimeError):     # it never started
                 self._thread.join(_EXIT_TIME)
             if self._thread.is_alive():
@@ -1421,13 +1501,22 @@ class _Hub:
     # The loop.
 
     def _run(self):
+        if self._no_thread is not None:
+            self._log.fault(self._no_thread)    # notify() could not
         while not self._closing and self._pid == os.getpid():
             try:
+                if self._waker is None:
+                    with _no_fork():
+                        self._waker = _Event()
+                    continue    # close() did not have it to set
                 self._turn()
             except Exception as error:
                 if self._pid == os.getpid():
                     self._unsent = True     # whatever it was about to do
-                    self._warn(error)
+                    if self._selector is None:
+                        self._checked = time.monotonic()
+                        self._shut(error)
+                    self._log.fault(error, not isinstance(error, OSError))
                     time.sleep(_Backoff.MAX)
 
     def _turn(self, limit=None):
@@ -1469,7 +1558,8 @@ class _Hub:
             self._ahead = _BATCH    # others need the loop as much as we do
         self._set_open(bool(self._subscribers))     # lowered here alone
         if self._visits.at is not None and self._visits.at < time.monotonic():
-            self._tell_visits()
+            self._let_wait(_CROWD_BACKLOG if self._visits.tell()
+                           else _BACKLOG)
         return bool(events or due or handed or self._unsent)
 
     def _wait(self, limit):
@@ -1526,22 +1616,16 @@ class _Hub:
         if self._selector is None:
             # Looked up now: bound before monkey patching, it would block
             # all green threads of the process.
-            self._selector = selectors.DefaultSelector()
-            if self._waker is not None:
-                self._watch(self._waker, lambda _: self._waker.clear())
+            with _no_fork():
+                selector = selectors.DefaultSelector()
+                if self._waker is not None:
+                    selector.register(self._waker, selectors.EVENT_READ,
+                                      lambda _: self._waker.clear())
+                self._selector = selector
             self._check_path()
 
     def _set_open(self, is_open):
         self._gate.open = is_open
-
-    def _say(self, level, text, *args, exc_info=None):
-        record = (level, 'Notifications on %s: ' + text,
-                  self.settings.path, *args)
-        if self._unsaid is not None:
-            self._unsaid.append(record)
-            return
-        with _no_fork():
-            LOG.log(*record, exc_info=exc_info)
 
     # The path.
 
@@ -1561,9 +1645,7 @@ class _Hub:
             self._trouble(error)
         else:
             self._retry.clear()
-            if self._troubles:
-                self._say(logging.WARNING, 'all is well again')
-            self._troubles.clear()
+            self._log.well()
 
     def _intact(self):
         """Whether lock and path are still ours; 5 us."""
@@ -1574,17 +1656,12 @@ class _Hub:
         """We could not own the path: nobody can connect to us."""
         self._retry.fail()
         if self._bound is None:
-            self._gate = _Gate(is_open=bool(self._subscribers))
-        self._warn(error)
+            self._shut(error)
+        self._log.fault(error)
 
-    def _warn(self, error):
-        """Log each kind of error once, until all is well again."""
-        kind = (type(error), getattr(error, 'errno', None),
-                getattr(error, 'filename', None))
-        if kind not in self._troubles:
-            self._troubles.add(kind)
-            self._say(logging.WARNING, '%s; trying again', error,
-                      exc_info=not isinstance(error, OSError))
+    def _shut(self, error):
+        """Have nothing kept for who cannot connect."""
+        self._gate = _Gate(is_open=bool(self._subscribers))
 
     def _claim(self):
         """Own the lock and the path, as they are now; or raise OSError."""
@@ -1627,9 +1704,9 @@ class _Hub:
             raise
         self._pause.clear()
         self._keep_reserve()
-        self._say(logging.INFO, 'served with mode %04o, group %s, by pid %d',
-                  self.settings.mode, self.settings.group or 'unchanged',
-                  self._pid)
+        self._log.serves('served with mode %04o, group %s, by pid %d' % (
+            self.settings.mode, self.settings.group or 'unchanged',
+            self._pid))
 
     def _owned(self):
         """What a new lock file has to name."""
@@ -1714,7 +1791,9 @@ class _Hub:
             # It has the last, or waited in a pause and missed what was sent.
             self._refuse(sock, who, 'the service is out of file descriptors')
             return
-        self._recovered = self._starved
+        if self._starved:
+            self._starved = False
+            self._say(logging.WARNING, 'subscribers are accepted again')
         subscriber = _Subscriber(sock, self._backlog, who, uid)
         alive = subscriber.alive()
         if alive and self._full() and not self._make_room(uid):
@@ -1772,21 +1851,12 @@ class _Hub:
             # It fits, if nothing was sent on this connection before.
             _send_short(sock, self._refusals[reason])
 
-    def _tell_visits(self):
-        """Log who came and went, and have fewer wait if it is a crowd."""
-        crowd = self._visits.tell()
-        self._let_wait(_CROWD_BACKLOG if crowd else _BACKLOG)
-        if self._recovered:
-            self._starved = self._recovered = False
-            self._say(logging.WARNING, 'subscribers are accepted again')
-
     def _spare(self, error):
         """Give up the reserve, to refuse who waits; False if there is none.
 
         Then accepting pauses: the listener stays readable and would be
         reported for ever.
         """
-        self._recovered = False
         if not self._starved:
             self._starved = True
             self._say(logging.WARNING, 'subscribers are refused: %s', error)
@@ -2128,6 +2198,8 @@ class UnixDriver(notifier.Driver):
                             '%(other)s', {'first': self._settings,
                                           'other': settings})
             self._hub.start()
+            if self._hub._thread is None and self._hub._no_thread is not None:
+                self._hub._log.fault(self._hub._no_thread)
 
     def __getstate__(self):
         """Leave behind whatever is of this process."""
@@ -2412,7 +2484,6 @@ class _RelayHub(_Hub):
         # The loop alone. As a follower, and before anything is known:
         self._uplink = _Uplink(self._backlog, self._on_leader)  # or we lead
         self._subscribers[self._uplink] = None
-        self._followed = None   # the leader that was last told of
         self._hasty = _Backoff()    # from leaders that hang up at once
         self._passed = None     # the leader's listener, by hello
         self._presence = None   # the leader's, by hello, or our own
@@ -2452,7 +2523,7 @@ class _RelayHub(_Hub):
             done.extend(map(self._turn_lock.acquire, (False,)))
             if not done[0] or self._closing:
                 return
-            self._unsaid = []       # notify() never logs
+            self._log.unsaid = []   # notify() never logs
             if self._selector is None:
                 self._say(logging.WARNING, 'monkey-patched, under a server '
                           'that runs no hub between requests, this process '
@@ -2461,7 +2532,7 @@ class _RelayHub(_Hub):
             self._work([(self._try_uplink, 0)])
         finally:
             if done and done[0]:
-                unsaid, self._unsaid = self._unsaid, None
+                unsaid, self._log.unsaid = self._log.unsaid, None
                 self._turn_lock.release()
                 if unsaid:
                     # Not a Thread, whose start() waits for it to run.
@@ -2527,17 +2598,20 @@ class _RelayHub(_Hub):
             self._retry.fail()
             return
         super()._trouble(error)
+
+    def _shut(self, error):
         if self._uplink is None:
+            super()._shut(error)
             return
-        self._gate = _Gate(_keep_all, True)
-        if (error.errno not in (errno.EAGAIN, *_STARVED)
-                and not (self._passed and self._passed.intact())):
-            # Nobody led, nor could, and nobody can be waiting: what we had
-            # until then is owed to nobody, nor is what comes while there is
-            # no socket to connect to. 3 us; to keep it takes 70.
+        code = getattr(error, 'errno', None)
+        if code == errno.EAGAIN or self._passed and self._passed.intact():
+            self._gate = _Gate(_keep_all, True)
+            return
+        # Nobody can be waiting while there is no socket to connect to. To see
+        # that takes 3 us, to keep what comes 70.
+        if code not in _STARVED:    # or another may lead, whom we owe it
             self._uplink.forget(self._backlog)
-            self._gate = _Gate(functools.partial(
-                _is_socket, self.settings.path))
+        self._gate = _Gate(functools.partial(_is_socket, self.settings.path))
 
     def _none_waits(self):
         # There is somebody, or there is no need to tell the leader.
@@ -2668,9 +2742,7 @@ class _RelayHub(_Hub):
         gate = _Gate(_poll(sock.fileno(), presence.fileno(),
                            self._uplink.sock.fileno()))
         if not self._uplink.greeted:
-            if self._followed != self._uplink.who:
-                self._followed = self._uplink.who
-                self._say(logging.INFO, 'relayed to %s', self._followed)
+            self._log.serves('relayed to ' + self._uplink.who, anew=False)
             if not gate.look():
                 self._uplink.forget(self._backlog)  # nobody is owed it
         self._gate = gate
@@ -2923,6 +2995,10 @@ def _lost_by(payload):
     return lost if type(lost) is int and 0 < lost <= _LOST_MAX else 0
 
 
+# What a strict reader may not take, in a line of who is no driver of ours.
+_SURROGATE = re.compile(rb'\\u[dD][89a-fA-F]')
+
+
 def _strict(message):
     """The line of a message that was read, as the driver would send it."""
     try:
@@ -3084,6 +3160,8 @@ class _Subscription(abc.Iterator):
         try:
             # Not json.loads(), which guesses the encoding: 8 us, not 7.
             message = _DECODER.decode(line.decode())
+            if b'\\' in line and _SURROGATE.search(line):
+                message = _DECODER.decode(_strict(message).decode())
         except (ValueError, RecursionError):
             message = None
         if not isinstance(message, dict):
@@ -3340,8 +3418,7 @@ class _Listener(_base.PollStyleListener):
                         return self._return(queue)
             if full:
                 until = max(self._moved + _STUCK_FIRST, self._tell_at)
-            if full or self._worst is not None:
-                self._complain(full)
+            self._complain(full)
             message = self._subscription.take(min(deadline, until),
                                               paused=full)
             self._is_new = True     # or there was none

@@ -218,6 +218,10 @@ class Service:
         hubs = sys.modules['unix_notifier']._hubs[os.getpid()]
         return sum(len(hub._queue) for hub in hubs.values())
 
+    def log_to(self, path):
+        """From now on, as a service does that sets up its log late."""
+        _set_up_logging(filename=path, force=True)
+
     # Descriptors.
 
     def limit_descriptors(self, number):
@@ -396,9 +400,9 @@ def _exit_ends():
             os.getpid(), time.perf_counter() - _exit_begun[-1]))
 
 
-def _set_up_logging():
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr,
-                        format='%(levelname)s %(name)s %(message)s')
+def _set_up_logging(**kwargs):
+    logging.basicConfig(level=logging.INFO, **(kwargs or dict(
+        stream=sys.stderr)), format='%(levelname)s %(name)s %(message)s')
 
 
 def main(service_class=Service):

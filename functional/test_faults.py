@@ -20,6 +20,7 @@ lines of the log would pile up, or a healthy subscriber would miss something.
 """
 
 import os
+import re
 import select
 import signal
 import socket
@@ -190,6 +191,25 @@ class PathTest(base.FunctionalTestCase):
         other.wait(10)
         self.assert_complete(subscriber, publisher.ask('stop'))
         self.assertEqual(2, len(publisher.troubles()), publisher.troubles())
+
+    def test_log_that_is_set_up_late_tells_who_serves_and_what_is_wrong(self):
+        publishers = [self.publisher(), self.publisher(), self.publisher(
+            path=os.path.join(self.directory, 'none', 's'))]
+        texts = ('served with mode', 'relayed to the leader', 'trying again')
+        for publisher, text in zip(publishers, texts):
+            publisher.wait_log(text)
+            publisher.ask('log_to', path=os.path.join(
+                self.directory, text[:6]))
+
+        def told():
+            for publisher, text in zip(publishers, texts):
+                publisher.ask('emit', count=1)
+                with open(os.path.join(self.directory, text[:6])) as log:
+                    if not re.search(text + '.* since 20', log.read()):
+                        return False
+            return True
+
+        base.wait_until(told, 'all three are told again')
 
     def test_without_a_path_the_service_runs_on(self):
         publisher = self.publisher(path='', tracebacks=True)

@@ -22,6 +22,8 @@ status is 0. How it measures:
   before the next begins. Its cost is the mean of a call on the clock of the
   caller: it includes what a thread of the system takes from the caller
   meanwhile. *Paced*, each call is timed alone, and each message on its way.
+  *CPU* is what the process of the publisher has run for each, with its threads
+  and its pauses: others on the machine disturb that the least.
 * All that is compared does its part in turn in each round, while the others
   are idle. Ratios are taken within a round, so that the drift of a shared
   machine cancels; the first round is for warming up. Printed are the median
@@ -268,9 +270,11 @@ def lost(costs):
 
 
 def burst(publisher, subscribers, count):
+    before = publisher.cpu()
     subscribers.begin('take', BURST * count)
     yield 'us', publisher.burst(BURST) * 1e6
     yield '% lost', missed(subscribers.end()[1], BURST * count)
+    yield 'us, CPU', (publisher.cpu() - before) / BURST * 1e6
 
 
 def missed(got, total):
@@ -295,6 +299,7 @@ def call(bench):
         costs = bench.compare(chosen, burst, BURSTS)
         yield from lost(costs)
         yield from rows(costs['us'], 'us', limits)
+        yield from rows(costs['us, CPU'], 'us, CPU', {})
 
 
 def crowd(bench):
@@ -311,10 +316,13 @@ def percentile(values, rank):
 
 def at_rate(publisher, subscribers, count, method='paced', number=PACED,
             rate=RATE):
+    before = publisher.cpu()
     subscribers.begin('delays', number * count)
     calls = getattr(publisher, method)(number, rate)
     delays, got = subscribers.end()
     yield '% lost', missed(got, number * count)
+    if method == 'paced':
+        yield 'us, CPU', (publisher.cpu() - before) / number * 1e6
     for what, found in ('call', calls), ('end to end', delays):
         for rank in (50, 99) if found else ():
             yield 'us, %s p%d' % (what, rank), percentile(found, rank) * 1e6

@@ -394,6 +394,11 @@ class Publisher:
             costs.append(time.perf_counter() - begin)
         return costs
 
+    @staticmethod
+    def cpu():
+        """Seconds that this process has run so far."""
+        return time.process_time()
+
     def beside_busy(self, count, rate):
         """The same, beside a thread that never rests."""
         done = threading.Event()

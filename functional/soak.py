@@ -107,16 +107,30 @@ CROWD = 4       # how many more there may be of either
 THREADS = 0, 2, 2, 3    # that emit, in a process; who leads may be silent
 PAUSE = 0.01    # seconds between two notifications of a thread
 ACTIONS_TO_SETTLEMENT = 16
+LAST_WORDS = 1, 5, 20   # notifications
 # Seconds. A path is looked after once a second, and a retry may take one.
 HEAL = 4
 # Seconds that it may take to read what comes before the end of the stream.
 READ = 1
 
+# Connects and goes for a second, and tells how often.
+FLOOD = """
+import socket, sys, time
+count, end = 0, time.monotonic() + 1
+while time.monotonic() < end:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.setblocking(False)
+        count += not sock.connect_ex(sys.argv[1])
+print(count)
+"""
+# On who comes and goes, in that time: one a second of each who leads.
+LOG_LINES = 10
+
 # How often each is done. Those in ROUGH end connections of others; every
 # other time, until a settlement, there are none, for exact books.
 ACTIONS = {
     'join': 3, 'join_by_program': 2, 'part': 2, 'stall': 4, 'half_close': 2,
-    'kill_program': 2, 'knock': 1, 'talk': 1, 'rush': 2,
+    'kill_program': 2, 'knock': 1, 'flood': 1, 'talk': 1, 'rush': 2,
     'kill_leader': 3, 'kill_leader_awaited': 3, 'kill_leader_flat_out': 2,
     'leave_leader': 2, 'stop_leader': 3,
     'kill_follower': 2, 'leave_follower': 2, 'stop_follower': 2,
@@ -333,15 +347,14 @@ class Reader:
             program.kill()
 
     def renew(self):
-        """Connect anew, and wait for that."""
-        before = self.connects
-
-        def renewed():
+        """Connect anew. Whether that comes about, as is to be expected."""
+        before, deadline = self.connects, time.monotonic() + HEAL
+        while time.monotonic() < deadline:
             if self.connects > before:
-                return self.ledger
+                return True
             self._disconnect()
-
-        base.wait_until(renewed, '%s is connected anew' % self)
+            time.sleep(0.005)
+        return False    # there are too many who wait
 
     def half_close(self):
         with contextlib.suppress(OSError):
@@ -665,6 +678,24 @@ class Soak:
                 sock.connect(self.path)
         return 'twenty times'
 
+    def do_flood(self, choose):
+        """Somebody connects and goes, again and again, for a second."""
+        leader = self.leader()
+        if leader is None or leader.stopped:
+            return None
+        before = self._visits_logged()
+        done = subprocess.run(
+            [sys.executable, '-S', '-E', '-c', FLOOD, self.path],
+            stdout=subprocess.PIPE, text=True, check=True)
+        lines = self._visits_logged() - before
+        if lines > LOG_LINES:
+            raise Violation('%d lines are logged in a flood' % lines)
+        return '%s times, %d lines logged' % (done.stdout.strip(), lines)
+
+    def _visits_logged(self):
+        return sum(': subscriber' in line and 'lag' not in line
+                   and 'caught' not in line for line in self.nursery.log())
+
     def do_talk(self, choose):
         guest = self._guest(choose)
         if guest is not None and not guest.by_program:
@@ -730,11 +761,11 @@ class Soak:
             return None
         base.stop(victim.pid)
         reader = choose.choice(self.readers)
-        reader.renew()
+        waits = reader.renew()
         before = self.began()
         self.wait(lambda: all(now[slot] > before[slot] + 2 for now in [
             self.began()] for slot in slots), 'all others emit', HEAL)
-        return '%s; %s waited' % (self._kill(victim, choose), reader)
+        return '%s; %s waits: %s' % (self._kill(victim, choose), reader, waits)
 
     def do_kill_leader_flat_out(self, choose):
         """Its followers have much on its way, and much that is lost."""
@@ -889,6 +920,7 @@ class Soak:
         self.numbers[shared.RUN] = 0
         end = self._mark()
         self._wait_settled(end)
+        self._last_words()
         end = self._wait_last()
         self.check()
         for reader in self.readers:
@@ -914,11 +946,33 @@ class Soak:
 
     def _wait_settled(self, end):
         for reader in self.readers:
-            self.wait(lambda: (reader.ledger is not None
-                               and reader.ledger.settled(end, self.cut)),
+            self.wait(lambda: self._is_settled(reader.ledger, end),
                       lambda: '%s has what it is owed: %r; reported lost: %d'
                       % (reader, reader.ledger.owed(end, self.cut),
                          reader.ledger.reported()), base.PATIENCE)
+
+    def _is_settled(self, ledger, end):
+        if ledger is None:
+            return False
+        self._check_problems(ledger)    # or it may never be
+        return ledger.settled(end, self.cut)
+
+    def _last_words(self):
+        """While all rests: who leaves by os._exit has handed on all it said.
+
+        Its thread is not cut, so the books tell.
+        """
+        child = base.fork(self.directory, self.nursery, 'fork')
+        child.ask('open')
+        process = Process(self.name('l'), child, None)
+        slot = self.new_slot(process.name)
+        child.ask('burst', slot=slot, count=1)      # it follows
+        self._wait_settled(self.began())
+        time.sleep(0.1)     # until its loop rests, too
+        child.tell('leave', how='_exit', slot=slot,
+                   count=LAST_WORDS[self.rounds % len(LAST_WORDS)])
+        self._reap(process)
+        self._wait_settled(self.began())
 
     def _wait_last(self):
         """Have each reader get the last of each thread.

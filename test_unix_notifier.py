@@ -302,6 +302,7 @@ class SteppedHub(unix_notifier._Hub):
 
     def start(self):
         self.starts += 1
+        self._asleep = False    # as the loop has it while it is awake
 
     def overdue(self):
         """Make the next turn look after the path, whatever the time."""
@@ -2036,6 +2037,19 @@ class WakeTest(HubCase):
         with fixtures.MonkeyPatch('threading.Thread.start', none_left):
             self.emit(hub, range(1))
         wait_until(lambda: self.emit(hub, range(1)) or hub._bound)
+
+    def test_line_as_a_start_has_failed_leaves_the_flag_up(self):
+        self.addCleanup(listen(self.path).close)    # somebody may be there
+        hub = unix_notifier._RelayHub(self.make_settings())
+        self.addCleanup(hub.close)
+        starting = hub._starting
+        hub._starting = types.SimpleNamespace(
+            acquire=starting.acquire,
+            release=lambda: self.emit(hub, range(1)) or starting.release())
+        with fixtures.MonkeyPatch('threading.Thread.start', none_left):
+            self.emit(hub, range(1))
+        hub._starting = starting
+        wait_until(lambda: self.emit(hub, range(1)) or hub._thread)
 
     def test_loop_whose_start_was_interrupted_is_known(self):
         start = threading.Thread.start

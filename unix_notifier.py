@@ -1018,9 +1018,9 @@ class _Event:
             # On the number of a new socket, for eventlet hears of those: in
             # a forked child it believes that numbers which we closed are
             # still waited for, and would raise at every wait for this one.
-            new = socket.socket(socket.AF_UNIX)
-            fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-            self._fd = new.detach()     # apart, or a green one would close
+            with socket.socket(socket.AF_UNIX) as new:
+                fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+                self._fd = new.detach()     # or a green one would close it
             os.dup2(fd, self._fd, inheritable=False)
             os.close(fd)
 
@@ -1405,15 +1405,15 @@ class _Hub:
             time.sleep(_GIVE_WAY)
 
     def _wake(self):
+        waker = self._waker
+        if waker is None:
+            self.start()    # the flag stays up: it may fail
+            return
         # Lowered first. After the loop has woken it is the loop's to raise;
         # to lower it then would leave the loop asleep with the flag down.
         self._asleep = False
         try:
-            waker = self._waker
-            if waker is None:
-                self.start()
-            else:
-                waker.set()
+            waker.set()
         except BaseException:   # out of stack, or a signal handler raises
             self._asleep = True     # or nobody would wake it again
             raise
@@ -1444,8 +1444,6 @@ class _Hub:
             self._checked = time.monotonic()
             self._shut(error)
         finally:
-            if self._thread is None:
-                self._asleep = True
             self._starting.release()
 
     def close(self):
@@ -1474,17 +1472,15 @@ class _Hub:
                         nor have been given them anew
         """
         self._pid = None    # a green thread survives a fork, and looks
-        if certain:
-            self._close_files()
-            if self._waker is not None:
-                self._waker.close()     # only we are here
-            return
-        for each, identity in list(self._files.items()):
-            with contextlib.suppress(OSError):      # it is closed
-                if identity is not None and identity == _file_id(each):
+        files = dict(self._files)
+        if certain:     # to the last reference: no other thread is here
+            files.update(dict.fromkeys((self._selector, self._waker)))
+        for each, identity in files.items():
+            with contextlib.suppress(OSError, AttributeError):
+                if (identity == _file_id(each) if identity else certain):
                     each.close()
-        # So that what was not closed never is, by its object either.
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
+        if not certain:     # what is open must not be closed by its object
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
 
     def _own(self, make, *args):
         """A new file of ours, which a forked child is sure to know of."""
@@ -2099,12 +2095,13 @@ def _close(sock):
 
     Not in one of Python's, of which eventlet makes green ones.
     """
-    thread, fd = ctypes.c_ulong(), sock.detach()
-    if _guarded() or _libc.pthread_create(
-            ctypes.byref(thread), None, _libc.close, ctypes.c_void_p(fd)):
-        _libc.close(fd)
-    else:
-        _libc.pthread_detach(thread)
+    with _no_fork():    # a child would not know of the number
+        thread, fd = ctypes.c_ulong(), sock.detach()
+        if _guarded() or _libc.pthread_create(
+                ctypes.byref(thread), None, _libc.close, ctypes.c_void_p(fd)):
+            _libc.close(fd)
+        else:
+            _libc.pthread_detach(thread)
 
 
 # -- the driver -------------------------------------------------------------
@@ -2505,9 +2502,7 @@ class _RelayHub(_Hub):
                 and uwsgi.mule_id() == 0
                 and uwsgi.masterpid() in (0, os.getpid())):
             self._queue.clear()
-            self._asleep = True
         elif _starves():
-            self._asleep = True     # come here at the next line, too
             self._work_here()
         else:
             super().start()

@@ -2977,9 +2977,14 @@ _base = importutils.try_import(
                           PollStyleListener=object))
 
 
+def _word(value):
+    """What should be a text; not str(), which can run out of stack."""
+    return value if isinstance(value, str) else _as_text(value)
+
+
 def _printable(text, limit=200):
     """On its line, and harmless to a terminal and a log, whatever it is."""
-    text = str(text)
+    text = _word(text)
     text = text if len(text) <= limit else text[:limit] + '...'
     return text if text.isprintable() else ascii(text)[1:-1]
 
@@ -3578,10 +3583,10 @@ def _text(message):
     inner = payload if isinstance(payload, dict) else {}
     inner = next((inner[key] for key in inner if key.endswith('_object.data')
                   and isinstance(inner[key], dict)), inner)
-    ids = (each for each in _ids(inner, str(message.get('event_type')))
+    ids = (each for each in _ids(inner, _word(message.get('event_type')))
            if each and isinstance(each, (str, int)))
     if message.get('event_type') in (_LOST, _REFUSED):
-        ids = iter([json.dumps(payload)])
+        ids = iter([_strict(payload)[:-1].decode()])
     fields = [message.get(key) for key in (
         'timestamp', 'priority', 'event_type', 'publisher_id')]
     return '  '.join(map(_printable, (*fields, *itertools.islice(ids, 1))))
@@ -3636,7 +3641,7 @@ def _write(data):
 def _print(stream, arguments):
     count = 0
     for message in stream:
-        event_type = str(message.get('event_type'))
+        event_type = _word(message.get('event_type'))
         if arguments.event_type.search(event_type):
             # Not the line as it came, which need not be strict, nor harmless.
             _write(b'%s\n' % _text(message).encode() if arguments.text

@@ -193,6 +193,14 @@ class ListenerTest(ConsumerTestCase):
 
 class CommandLineTest(ConsumerTestCase):
 
+    def setUp(self):
+        super().setUp()
+        # What a shell has ignored in the background would be for good.
+        for number in (signal.SIGHUP, signal.SIGINT):
+            if signal.getsignal(number) is signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
+                self.addCleanup(signal.signal, number, signal.SIG_IGN)
+
     def command(self, *arguments, by=(), stdout=subprocess.PIPE, **env):
         process = subprocess.Popen(
             [*by, *COMMAND, self.path, *arguments], stdin=subprocess.DEVNULL,

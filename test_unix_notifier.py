@@ -1898,6 +1898,31 @@ class HandOverTest(HubCase):
             hub._turn(0)
             self.assertEqual(number + 2, account(client.read()))
 
+    def test_rest_of_a_line_wakes_the_loop_whatever_is_raised(self):
+        class Free(collections.deque):
+            def append(self, token):
+                super().append(token)
+                if hub._rest:
+                    raise KeyboardInterrupt     # of a signal's handler
+
+        hub, client = self.make_ready()
+        hub._token.free = Free([True])
+        hub._asleep = True
+        with mock.patch.object(unix_notifier._libc, 'send',
+                               lambda fd, data, *_: os.write(fd, data[:9])):
+            self.assertRaises(KeyboardInterrupt, self.emit, hub, range(1))
+        self.assertEqual(1, hub.starts)
+        hub._token.free = collections.deque([True])
+        hub._turn(0)
+        self.assertEqual(1, account(client.read()))
+
+    def test_exit_in_a_signal_handler_amid_it(self):
+        hub, client = self.make_ready()
+        hub._none_waits = lambda: hub.finish()
+        self.emit(hub, range(1))
+        self.assertEqual([], client.read())
+        self.assertTrue(client.ended)
+
     def test_threads_and_the_loop_hand_over_by_turns(self):
         """As often as can be: in order, each line once, all accounted for."""
         self.patch('_HAND_OVER_TIME', 0)
@@ -2322,6 +2347,17 @@ class AcceptTest(HubCase):
             self.assertServed(hub, client)
             self.assertIsNone(hub._pause.at)
             hub.finish()
+
+    def test_all_whom_the_kernel_holds_are_met_though_one_try_fails(self):
+        hub = self.make_hub(sock_max_subscribers=1000)
+        clients = [self.connect()
+                   for _ in range(unix_notifier._BACKLOG + 1)]
+        self.script(hub, errno.EMFILE)
+        self.emit(hub, range(1))
+        hub._turn(0)
+        # None is left to hear of what comes later alone.
+        for each in clients:
+            self.assertIn('descriptors', each.refusal())
 
     def test_pause_ends_though_nobody_waits(self):
         # accept() may say so when it has taken the last one.
@@ -3514,6 +3550,26 @@ class RelayPathTest(RelayCase):
             follower._lock, 'write', autospec=True,
             side_effect=OSError(errno.ENOSPC, 'full')))
 
+    def test_who_came_as_a_leader_left_is_owed_what_it_emitted_since(self):
+        for emits in (False, True):
+            leader, follower = self.make_pair()
+            late, turn = [], leader._turn
+
+            def last_turn(limit=None):
+                result = turn(limit)
+                late.append(self.connect())     # it accepts no more
+                if emits:
+                    self.emit(leader, range(1))     # another thread does
+                return result
+
+            leader._turn = last_turn
+            leader.finish()
+            self.assertIs(follower, self.settle(follower))
+            self.step(follower)
+            self.assertEqual([], late[0].read())
+            self.assertEqual(emits, late[0].ended)
+            follower.finish()
+
     def test_who_can_neither_lead_nor_follow_keeps_nothing_until_it_may(self):
         for hinder, free in ((os.rmdir, os.mkdir), (touch, os.unlink)):
             path = self.dir if hinder is os.rmdir else self.path
@@ -3528,7 +3584,9 @@ class RelayPathTest(RelayCase):
             leader = self.make_newcomer(newcomer.settings)
             self.step(leader)
             client = self.connect()
+            os.rename(self.path, self.path + '.away')   # for a moment
             self.emit(newcomer, range(1))   # before it has tried again
+            os.rename(self.path + '.away', self.path)
             self.assertIs(leader, self.settle(leader, newcomer))
             self.step(newcomer)
             self.pump(leader, client, 1)

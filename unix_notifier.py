@@ -747,12 +747,13 @@ def _new_socket(info, now):
     return _identity(info)
 
 
-def _is_socket(path):
-    """Whether a socket is at the path."""
-    try:
-        return stat.S_ISSOCK(os.lstat(path).st_mode)
-    except OSError:
-        return False
+def _is_socket(*paths):
+    """Whether a socket is at any of the paths."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(os.lstat(path).st_mode):
+                return True
+    return False
 
 
 def _answers(path):
@@ -1218,6 +1219,39 @@ class _Visits:
         return crowd
 
 
+class _Token:
+    """The turn: who has it does the loop's work, and no other thread does.
+
+    The loop has it from its waking to its sleeping, notify() for a single
+    send, if it can be had. No lock: monkey patching makes those green, and
+    of green threads and native ones both may call notify().
+    """
+
+    def __init__(self):
+        self.free = collections.deque([True])   # empty while someone has it
+
+    def __enter__(self):
+        while True:
+            try:
+                return self.free.pop()
+            except IndexError:
+                time.sleep(_GIVE_WAY)   # for notify() to send
+
+    def __exit__(self, *_exception):
+        self.free.append(True)
+
+    def outwait(self, seconds):
+        """At exit: wait so long for who has it, and then take it for gone.
+
+        The handler of a signal may run the exit handlers amid notify().
+        """
+        until = time.monotonic() + seconds
+        while not self.free and time.monotonic() < until:
+            time.sleep(_GIVE_WAY)
+        if not self.free:
+            self.free = collections.deque([True])
+
+
 class _Hub:
     """All drivers of a process on one path: one queue, one loop.
 
@@ -1243,9 +1277,7 @@ class _Hub:
         self._starting = threading.Lock()   # tried, never waited for
         self._thread = self._waker = None
         self._no_thread = None  # why there was none
-        # Held by whoever does the loop's work, but not while it sleeps; see
-        # _hand_over(). Publishers only try it.
-        self._turn_lock = threading.Lock()
+        self._token = _Token()      # of whoever has the turn
         self._closing = False
         self._checked = time.monotonic()    # when the path was looked after
         # Whoever has the turn: mostly the loop.
@@ -1313,31 +1345,36 @@ class _Hub:
         which is not behind: all else is left to the loop, as are errors and
         the rest of a line.
         """
-        now, size, done = time.monotonic(), len(line), []
-        if self._credit - now > _HAND_OVERS * _HAND_OVER_TIME:
+        now, size, sent = time.monotonic(), len(line), []
+        free = self._token.free
+        if not free or self._credit - now > _HAND_OVERS * _HAND_OVER_TIME:
+            return False
+        try:
+            # A signal's handler may raise after any call, which this is not.
+            del free[0]
+        except IndexError:      # another thread was faster
             return False
         try:
             try:
-                # A signal's handler may raise after each call. What map()
-                # calls has left its result in the list by then.
-                done.extend(map(self._turn_lock.acquire, (False,)))
-                stream = self._ready(now) if done[0] else None
+                stream = self._ready(now)
                 if stream is None:
                     return False
                 self._credit = max(self._credit, now) + _HAND_OVER_TIME
-                done.extend(map(_libc.send, (stream.sock.fileno(),), (line,),
+                # What map() calls has left its result in the list by then.
+                sent.extend(map(_libc.send, (stream.sock.fileno(),), (line,),
                                 (ctypes.c_size_t(size),), (_AT_ONCE,)))
             finally:    # without a call, or a frame, until all is noted
-                if done[1:] and done[1] == size:
+                if sent and sent[0] == size:
                     self._backlog.tail.first += 1   # as if it had been there
-                elif done[1:] and done[1] > 0:
-                    self._rest = line, done[1]
-                if done and done[0]:
-                    self._turn_lock.release()
-        except Exception:
-            if not done[1:]:
+                elif sent and sent[0] > 0:
+                    self._rest = line, sent[0]
+                free.append(True)
+        except BaseException as error:
+            if self._rest is not None:
+                self._wake()
+            if not sent or not isinstance(error, Exception):
                 raise
-        return done[1] > 0
+        return sent[0] > 0
 
     def _ready(self, now):
         """The only stream, if it was sent all there was, and all is well.
@@ -1524,10 +1561,10 @@ class _Hub:
 
         :returns: whether there was anything to do
         """
-        with self._turn_lock:
+        with self._token:
             self._open()
         events = self._wait(limit)
-        with self._turn_lock:
+        with self._token:
             return self._work([(key.data, mask) for key, mask in events])
 
     def _work(self, events):
@@ -1762,7 +1799,7 @@ class _Hub:
             return
         self._set_open(True)    # before the first: see _Gate
         self._visited, self._swept, self._refusals = True, False, {}
-        for _ in range(self._held + 1):
+        for _ in range(self._held + 2):     # one may fail, and take none
             try:
                 sock = self._own(_accept, self._bound.sock)
             except BlockingIOError:
@@ -1985,12 +2022,14 @@ class _Hub:
         Runs in the exit handler, once the loop has ended, for a turn at
         least, and until time.monotonic() is ``deadline``.
         """
-        with self._turn_lock:
+        self._token.outwait(_EXIT_STALL)
+        with self._token:
             self._open()
             if self._bound is not None:
                 self._retry.clear()
                 self._cut_off()
         self._turn(0)
+        accounted = self._backlog.tail.first
         if self._bound is not None:
             self._unwatch(self._bound.sock)
             self._pause.at = math.inf   # who comes now is for the next leader
@@ -2000,8 +2039,13 @@ class _Hub:
             unread = self._unread()
             if self._turn(_EXIT_STALL) or self._unread() != unread:
                 progress = time.monotonic()
-        with self._turn_lock:
+        with self._token:
             self._gate = _Gate()
+            # Else it owes, to who came meanwhile, what it emitted since.
+            if (self._lock.fd is not None and not self._waiting()
+                    and self._backlog.tail.first == accounted):
+                with contextlib.suppress(OSError):
+                    self._lock.vacate()
             self._close_all()
 
     def _unread(self):
@@ -2024,9 +2068,6 @@ class _Hub:
         self._visits.tell()
         if self._bound is not None:
             self._close_listener(self._bound)
-        if self._lock.fd is not None:
-            with contextlib.suppress(OSError):
-                self._lock.vacate()
         self._close_files()
 
 
@@ -2513,25 +2554,29 @@ class _RelayHub(_Hub):
         The leader hears of it at once. Its answer is taken at the next call,
         and so is what the kernel does not take now.
         """
-        done = []
+        free = self._token.free
         try:
-            done.extend(map(self._turn_lock.acquire, (False,)))
-            if not done[0] or self._closing:
-                return
-            self._log.unsaid = []   # notify() never logs
-            if self._selector is None:
-                self._say(logging.WARNING, 'monkey-patched, under a server '
-                          'that runs no hub between requests, this process '
-                          'only follows, and sends as it emits')
-            self._open()
-            self._work([(self._try_uplink, 0)])
+            del free[0]     # as in _hand_over()
+        except IndexError:
+            return
+        unsaid = self._log.unsaid = []      # notify() never logs
+        try:
+            if not self._closing:
+                self._say_what_it_is()
+                self._open()
+                self._work([(self._try_uplink, 0)])
         finally:
-            if done and done[0]:
-                unsaid, self._log.unsaid = self._log.unsaid, None
-                self._turn_lock.release()
-                if unsaid:
-                    # Not a Thread, whose start() waits for it to run.
-                    _thread.start_new_thread(_log_all, (unsaid,))
+            self._log.unsaid = None
+            free.append(True)
+            if unsaid:
+                # Not a Thread, whose start() waits for it to run.
+                _thread.start_new_thread(_log_all, (unsaid,))
+
+    def _say_what_it_is(self):
+        if self._selector is None:
+            self._say(logging.WARNING, 'monkey-patched, under a server that '
+                      'runs no hub between requests, this process only '
+                      'follows, and sends as it emits')
 
     def _try_uplink(self, _mask):
         if self._uplink.sock is not None:
@@ -2606,7 +2651,8 @@ class _RelayHub(_Hub):
         # that takes 3 us, to keep what comes 70.
         if code not in _STARVED:    # or another may lead, whom we owe it
             self._uplink.forget(self._backlog)
-        self._gate = _Gate(functools.partial(_is_socket, self.settings.path))
+        self._gate = _Gate(functools.partial(
+            _is_socket, self.settings.path, self._relay_path))
 
     def _none_waits(self):
         # There is somebody, or there is no need to tell the leader.
@@ -2736,6 +2782,11 @@ class _RelayHub(_Hub):
         # In this order: see the top of this part.
         gate = _Gate(_poll(sock.fileno(), presence.fileno(),
                            self._uplink.sock.fileno()))
+        if _starves():
+            # It would hear late of the leader's end, and hold its listener
+            # meanwhile, at which others would wait in vain.
+            sock.close()
+            gate = _Gate(_keep_all, True)
         if not self._uplink.greeted:
             self._log.serves('relayed to ' + self._uplink.who, anew=False)
             if not gate.look():

@@ -969,7 +969,7 @@ class Soak:
         child.ask('burst', slot=slot, count=1)      # it follows
         self._wait_settled(self.began())
         time.sleep(0.1)     # until its loop rests, too
-        child.tell('leave', how='_exit', slot=slot,
+        child.tell('leave', how='_exit', slot=slot, short=True,
                    count=LAST_WORDS[self.rounds % len(LAST_WORDS)])
         self._reap(process)
         self._wait_settled(self.began())

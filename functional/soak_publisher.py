@@ -144,18 +144,21 @@ class Service(publisher.Service):
         for thread in self.background:
             thread.join()
 
-    def burst(self, slot, count):
-        """Emit some, and no more."""
+    def burst(self, slot, count, short=False):
+        """Emit some, and no more.
+
+        :param short: whether none of them may be long
+        """
         self._here()
         clock, choose = _Clock(), random.Random('%d/%d' % (self.seed, slot))
         for _ in range(count):
-            self._emit_one(slot, clock, choose)
+            self._emit_one(slot, clock, choose, short)
         clock.close()
 
-    def leave(self, how, slot=None, count=0):
+    def leave(self, how, **last):
         """Emit some, and end the process at once; there is no answer."""
-        if count:
-            self.burst(slot, count)
+        if last:
+            self.burst(**last)
         super().leave(how)
 
     def _run(self, slot, pause):
@@ -176,13 +179,14 @@ class Service(publisher.Service):
                 time.sleep(TICK)
         clock.close()
 
-    def _emit_one(self, slot, clock, choose):
+    def _emit_one(self, slot, clock, choose, short=False):
         number = self.shared[slot * SLOT + BEGAN] + 1
         method = getattr(
             self.notifier,
             publisher.PRIORITIES[number % len(publisher.PRIORITIES)])
         payload = {'source': '%d' % slot, 'number': number,
-                   'odd': self._odd(choose), 'pad': self._pad(choose)}
+                   'odd': self._odd(choose),
+                   'pad': '' if short else self._pad(choose)}
         self.shared[slot * SLOT + BEGAN] = number
         before = clock.now()
         method({}, 'soak.event', payload)

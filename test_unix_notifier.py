@@ -318,6 +318,7 @@ class SteppedHub(unix_notifier._Hub):
     def finish(self):
         if not self._closing:
             self._closing = True
+            self._token.outwait(0.01)
             self._leave(time.monotonic() + WAIT)
 
 

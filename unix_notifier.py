@@ -202,25 +202,34 @@ for _number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL,
     _libc.sigdelset(_signals, _number)
 
 
+@contextlib.contextmanager
+def _no_signals():
+    """Have this thread take no signal; what comes meanwhile waits.
+
+    No handler of a signal can run, and raise, at a place where ours would
+    stay: that takes the end of a call, or the start of a function in Python.
+    """
+    mask = ctypes.create_string_buffer(len(_signals))
+    _libc.pthread_sigmask(signal.SIG_BLOCK, None, mask)
+    try:
+        _libc.pthread_sigmask(signal.SIG_BLOCK, _signals, None)
+        yield
+    finally:
+        _libc.pthread_sigmask(signal.SIG_SETMASK, mask, None)
+
+
 def _start(thread):
     """Start a thread, which will take no signal, unless it is a green one.
 
     A signal that the service has blocked, to wait for it, is given to any
     thread that has not, and may end the process there. The thread inherits
-    its mask, for it could not set one before it has the GIL. In between, no
-    handler of a signal can run, and raise, at a place where ours would stay:
-    that takes the end of a call, or the start of a function in Python.
+    its mask, for it could not set one before it has the GIL.
     """
     if not isinstance(_thread.start_new_thread, types.BuiltinFunctionType):
         thread.start()      # others run in this very thread meanwhile
         return
-    mask = ctypes.create_string_buffer(len(_signals))
-    _libc.pthread_sigmask(signal.SIG_BLOCK, None, mask)
-    try:
-        _libc.pthread_sigmask(signal.SIG_BLOCK, _signals, None)
+    with _no_signals():
         thread.start()
-    finally:
-        _libc.pthread_sigmask(signal.SIG_SETMASK, mask, None)
 
 
 # Not an IntFlag each time, which takes 2 us.
@@ -1489,6 +1498,7 @@ class _Hub:
             return
         self._closing = True
         deadline = time.monotonic() + _EXIT_TIME
+        self._token.outwait(_EXIT_STALL)
         if self._thread is not None:
             if self._waker is not None:
                 self._waker.set()
@@ -1529,7 +1539,8 @@ class _Hub:
     def _close_files(self):
         for each in (*self._files, self._selector):
             if each is not None:
-                each.close()
+                with contextlib.suppress(OSError):  # closed by others
+                    each.close()
 
     # The loop.
 
@@ -2022,7 +2033,6 @@ class _Hub:
         Runs in the exit handler, once the loop has ended, for a turn at
         least, and until time.monotonic() is ``deadline``.
         """
-        self._token.outwait(_EXIT_STALL)
         with self._token:
             self._open()
             if self._bound is not None:
@@ -2185,6 +2195,8 @@ def _before_fork():
 
 
 def _after_fork_in_parent():
+    global _forker
+    _forker = None      # uWSGI may run the hook for a child alone
     with contextlib.suppress(RuntimeError):     # it waited in vain
         _no_fork().release()
 
@@ -2561,10 +2573,12 @@ class _RelayHub(_Hub):
             return
         unsaid = self._log.unsaid = []      # notify() never logs
         try:
-            if not self._closing:
-                self._say_what_it_is()
-                self._open()
-                self._work([(self._try_uplink, 0)])
+            # The handler of a signal could have a line lost, or sent twice.
+            with _no_signals():
+                if not self._closing:
+                    self._say_what_it_is()
+                    self._open()
+                    self._work([(self._try_uplink, 0)])
         finally:
             self._log.unsaid = None
             free.append(True)
@@ -2682,7 +2696,7 @@ class _RelayHub(_Hub):
             self._backlog.append(b'-0 look\n', 0)
 
     def _lead(self):
-        if _starves():
+        if self._thread is None and _starves():
             # Everybody else on the path would be silent while it stands still.
             raise PermissionError(
                 errno.EPERM, 'this process only follows', self.settings.path)

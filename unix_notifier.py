@@ -202,34 +202,25 @@ for _number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL,
     _libc.sigdelset(_signals, _number)
 
 
-@contextlib.contextmanager
-def _no_signals():
-    """Have this thread take no signal; what comes meanwhile waits.
-
-    No handler of a signal can run, and raise, at a place where ours would
-    stay: that takes the end of a call, or the start of a function in Python.
-    """
-    mask = ctypes.create_string_buffer(len(_signals))
-    _libc.pthread_sigmask(signal.SIG_BLOCK, None, mask)
-    try:
-        _libc.pthread_sigmask(signal.SIG_BLOCK, _signals, None)
-        yield
-    finally:
-        _libc.pthread_sigmask(signal.SIG_SETMASK, mask, None)
-
-
 def _start(thread):
     """Start a thread, which will take no signal, unless it is a green one.
 
     A signal that the service has blocked, to wait for it, is given to any
     thread that has not, and may end the process there. The thread inherits
-    its mask, for it could not set one before it has the GIL.
+    its mask, for it could not set one before it has the GIL. In between, no
+    handler of a signal can run, and raise, at a place where ours would stay:
+    that takes the end of a call, or the start of a function in Python.
     """
     if not isinstance(_thread.start_new_thread, types.BuiltinFunctionType):
         thread.start()      # others run in this very thread meanwhile
         return
-    with _no_signals():
+    mask = ctypes.create_string_buffer(len(_signals))
+    _libc.pthread_sigmask(signal.SIG_BLOCK, None, mask)
+    try:
+        _libc.pthread_sigmask(signal.SIG_BLOCK, _signals, None)
         thread.start()
+    finally:
+        _libc.pthread_sigmask(signal.SIG_SETMASK, mask, None)
 
 
 # Not an IntFlag each time, which takes 2 us.
@@ -2567,18 +2558,17 @@ class _RelayHub(_Hub):
         and so is what the kernel does not take now.
         """
         free = self._token.free
+        free.count(None)    # raises where the stack has no room for append()
         try:
             del free[0]     # as in _hand_over()
         except IndexError:
             return
         unsaid = self._log.unsaid = []      # notify() never logs
         try:
-            # The handler of a signal could have a line lost, or sent twice.
-            with _no_signals():
-                if not self._closing:
-                    self._say_what_it_is()
-                    self._open()
-                    self._work([(self._try_uplink, 0)])
+            if not self._closing:
+                self._say_what_it_is()
+                self._open()
+                self._work([(self._try_uplink, 0)])
         finally:
             self._log.unsaid = None
             free.append(True)

@@ -3396,10 +3396,15 @@ class RelayLoadTest(RelayCase):
         self.connect()
         self.step(leader)
 
+        pid = os.getpid()
+
         def child():
-            # The hook comes while the loop sleeps.
-            with fixtures.MonkeyPatch(
-                    'time.sleep', lambda _: leader.abandon(certain=True)):
+            # The hook comes while the loop sleeps; in a pid namespace of its
+            # own the child may have the same number.
+            with fixtures.MonkeyPatch('os.getpid', lambda: pid), (
+                    fixtures.MonkeyPatch(
+                        'time.sleep',
+                        lambda _: leader.abandon(certain=True))):
                 self.assertRaises(RuntimeError, self.fill, leader, follower,
                                   60)
 

@@ -1465,6 +1465,19 @@ class HubCase(TestCase):
 
         wait_until(done)
 
+    def said(self, hub, text, seconds, step):
+        """When it was logged, as time goes by and the path is looked after."""
+        now = [time.monotonic()]
+        times, count = [], self.log.output.count(text)
+        with fixtures.MonkeyPatch('time.monotonic', lambda: now[0]):
+            for passed in range(step, seconds + step, step):
+                now[0] += step
+                hub._turn(0)
+                if self.log.output.count(text) > count:
+                    times.append(passed)
+                    count += 1
+        return times
+
     def run_threads(self, targets):
         threads = [threading.Thread(target=each) for each in targets]
         for each in threads:
@@ -2319,12 +2332,22 @@ class AcceptTest(HubCase):
             self.assertEqual('the service is out of file descriptors',
                              each.refusal())
         self.assertLogged('WARNING MainThread Notifications on %s: subscribers'
-                          ' are refused: [Errno 24]' % self.path)
+                          ' are refused since 20' % self.path)
         self.assertLessEqual(listener.accepts, 2 * 4)   # no spin
         self.assertLogged('accepted again', 0)
         self.assertServed(hub, served, *(self.connect(hub) for _ in range(2)))
         self.assertLogged('subscribers are accepted again')
         self.assertEqual(3, account(served.messages[:3]))
+
+    def test_that_they_are_refused_is_told_again(self):
+        hub = self.make_hub()
+        self.connect()
+        with no_descriptors():
+            hub._reserve.close()
+            self.addCleanup(os.close, os.dup(0))    # another is faster
+            hub._reserve = None
+            self.assertEqual([5, 15, 35, 75], self.said(
+                hub, 'subscribers are refused since 20', 100, 5))
 
     def test_without_a_reserve_accepting_pauses(self):
         for reserve in ('taken', None):
@@ -2413,19 +2436,6 @@ class PathTest(HubCase):
         self.assertLogged('; trying again')
         self.assertLogged('all is well again')
         self.assertServed(hub, self.connect(hub))
-
-    def said(self, hub, text, seconds, step):
-        """When it was logged, as time goes by and the path is looked after."""
-        now = [time.monotonic()]
-        times, count = [], self.log.output.count(text)
-        with fixtures.MonkeyPatch('time.monotonic', lambda: now[0]):
-            for passed in range(step, seconds + step, step):
-                now[0] += step
-                hub._turn(0)
-                if self.log.output.count(text) > count:
-                    times.append(passed)
-                    count += 1
-        return times
 
     def test_trouble_that_lasts_is_told_again(self):
         os.rmdir(self.dir)

@@ -1106,6 +1106,26 @@ class _Backoff:
         self.at = time.monotonic() + self.delay * jitter
 
 
+def _now():
+    return time.strftime('%Y-%m-%d %H:%M:%S')
+
+
+class _Lasting:
+    """A trouble: since when it lasts, and when to say so again."""
+
+    def __init__(self):
+        self.since = _now()
+        self._delay = _AGAIN
+        self._next = time.monotonic() + _AGAIN
+
+    def due(self):
+        if time.monotonic() < self._next:
+            return False
+        self._delay = min(2 * self._delay, _AGAIN_MAX)
+        self._next = time.monotonic() + self._delay
+        return True
+
+
 class _Log:
     """What a hub tells: who serves the path, and what keeps it from that.
 
@@ -1141,20 +1161,16 @@ class _Log:
 
     def fault(self, error, exc_info=None):
         """Something failed, and will be tried again."""
-        now, more = time.monotonic(), ''
-        kind = (type(error), getattr(error, 'errno', None),
-                getattr(error, 'filename', None))
+        kind, more = (type(error), getattr(error, 'errno', None),
+                      getattr(error, 'filename', None)), ''
         self._tries += 1
         self._last = str(error)
         if not self._kinds:
-            self._since, self._delay = _now(), _AGAIN
-            self._next = now + _AGAIN
+            self._trouble = _Lasting()
         elif kind in self._kinds:
-            if now < self._next:
+            if not self._trouble.due():
                 return
-            more = ' since ' + self._since
-            self._delay = min(2 * self._delay, _AGAIN_MAX)
-            self._next = now + self._delay
+            more = ' since ' + self._trouble.since
         self._kinds.add(kind)
         self.say(logging.WARNING, '%s; trying again%s', error, more,
                  exc_info=exc_info)
@@ -1163,16 +1179,12 @@ class _Log:
         """Nothing failed."""
         if self._kinds:
             self.say(logging.WARNING, 'all is well again: %s; tried %d times '
-                     'since %s: %s', self._state, self._tries, self._since,
-                     self._last)
+                     'since %s: %s', self._state, self._tries,
+                     self._trouble.since, self._last)
             self._forget()
         elif time.monotonic() > self.due:
             self.due = time.monotonic() + _DAY
             self.say(logging.INFO, '%s, since %s', self._state, self._began)
-
-
-def _now():
-    return time.strftime('%Y-%m-%d %H:%M:%S')
 
 
 class _Visits:
@@ -1293,7 +1305,7 @@ class _Hub:
         self._late = False      # others want the GIL: it is kept where it can
         self._retry = _Backoff()    # for the path
         self._reserve = None    # a descriptor to give up when there is none
-        self._starved = False   # accepting fails for want of descriptors
+        self._starved = None    # accepting fails for want of descriptors
         self._visits = _Visits(self._say)
         self._visited = False   # by someone who came, went or talked
         self._rested = self._worked = 0     # see _slow_down()
@@ -1826,8 +1838,8 @@ class _Hub:
             # It has the last, or waited in a pause and missed what was sent.
             self._refuse(sock, who, 'the service is out of file descriptors')
             return
-        if self._starved:
-            self._starved = False
+        if self._starved is not None:
+            self._starved = None
             self._say(logging.WARNING, 'subscribers are accepted again')
         subscriber = _Subscriber(sock, self._backlog, who, uid)
         alive = subscriber.alive()
@@ -1892,9 +1904,10 @@ class _Hub:
         Then accepting pauses: the listener stays readable and would be
         reported for ever.
         """
-        if not self._starved:
-            self._starved = True
-            self._say(logging.WARNING, 'subscribers are refused: %s', error)
+        if self._starved is None or self._starved.due():
+            self._starved = self._starved or _Lasting()
+            self._say(logging.WARNING, 'subscribers are refused since %s: %s',
+                      self._starved.since, error)
         reserve, self._reserve = self._reserve, None
         if reserve is None:     # another thread was faster
             self._unwatch(self._bound.sock)

@@ -457,6 +457,7 @@ class ProcessTest(base.FunctionalTestCase):
         publisher.ask('emit', count=10)
         self.assert_complete(subscriber, 10)
         self.assert_complete(early, 20)
+        publisher.wait_log('accepted again')
         self.assertEqual(2, len(publisher.troubles()), publisher.troubles())
 
     def test_out_of_descriptors_even_to_refuse_with(self):

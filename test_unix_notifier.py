@@ -2334,8 +2334,16 @@ class AcceptTest(HubCase):
         self.assertLogged('WARNING MainThread Notifications on %s: subscribers'
                           ' are refused since 20' % self.path)
         self.assertLessEqual(listener.accepts, 2 * 4)   # no spin
+        # Nor is it told time and again while some get in.
+        others = [self.connect(hub) for _ in range(2)]
+        self.connect()
+        with no_descriptors():
+            hub._turn(0)
         self.assertLogged('accepted again', 0)
-        self.assertServed(hub, served, *(self.connect(hub) for _ in range(2)))
+        self.assertLogged(' are refused since ')
+        self.assertServed(hub, served, *others, self.connect(hub))
+        hub._visits.at = 0
+        hub._turn(0)
         self.assertLogged('subscribers are accepted again')
         self.assertEqual(3, account(served.messages[:3]))
 

@@ -1306,6 +1306,7 @@ class _Hub:
         self._retry = _Backoff()    # for the path
         self._reserve = None    # a descriptor to give up when there is none
         self._starved = None    # accepting fails for want of descriptors
+        self._recovered = False     # it did, which is yet to be told
         self._visits = _Visits(self._say)
         self._visited = False   # by someone who came, went or talked
         self._rested = self._worked = 0     # see _slow_down()
@@ -1605,8 +1606,7 @@ class _Hub:
             self._ahead = _BATCH    # others need the loop as much as we do
         self._set_open(bool(self._subscribers))     # lowered here alone
         if self._visits.at is not None and self._visits.at < time.monotonic():
-            self._let_wait(_CROWD_BACKLOG if self._visits.tell()
-                           else _BACKLOG)
+            self._tell_visits()
         return bool(events or due or handed or self._unsent)
 
     def _wait(self, limit):
@@ -1838,9 +1838,7 @@ class _Hub:
             # It has the last, or waited in a pause and missed what was sent.
             self._refuse(sock, who, 'the service is out of file descriptors')
             return
-        if self._starved is not None:
-            self._starved = None
-            self._say(logging.WARNING, 'subscribers are accepted again')
+        self._recovered = self._starved is not None
         subscriber = _Subscriber(sock, self._backlog, who, uid)
         alive = subscriber.alive()
         if alive and self._full() and not self._make_room(uid):
@@ -1898,12 +1896,21 @@ class _Hub:
             # It fits, if nothing was sent on this connection before.
             _send_short(sock, self._refusals[reason])
 
+    def _tell_visits(self):
+        """Log who came and went, and have fewer wait if it is a crowd."""
+        crowd = self._visits.tell()
+        self._let_wait(_CROWD_BACKLOG if crowd else _BACKLOG)
+        if self._recovered:     # not at each change while some get in
+            self._starved, self._recovered = None, False
+            self._say(logging.WARNING, 'subscribers are accepted again')
+
     def _spare(self, error):
         """Give up the reserve, to refuse who waits; False if there is none.
 
         Then accepting pauses: the listener stays readable and would be
         reported for ever.
         """
+        self._recovered = False
         if self._starved is None or self._starved.due():
             self._starved = self._starved or _Lasting()
             self._say(logging.WARNING, 'subscribers are refused since %s: %s',

@@ -3480,6 +3480,12 @@ class RelayPathTest(RelayCase):
         self.assertEqual(bound, os.stat(self.path).st_ino)
         self.assertEqual(3, account(client.read()))
 
+    def test_successor_leads_at_once_even_of_who_has_just_greeted(self):
+        leader, follower = self.make_pair()
+        self.die(leader)
+        self.step(follower)
+        self.assertIsNotNone(follower._bound)
+
     def test_who_waits_at_a_dead_leader_sees_the_end_of_the_stream(self):
         self.assertLetGo(lock_too=False)
 

@@ -1523,6 +1523,7 @@ class _Hub:
                         nor have been given them anew
         """
         self._pid = None    # a green thread survives a fork, and looks
+        self._token.outwait(0)  # it may wait for one that does not
         files = dict(self._files)
         if certain:     # to the last reference: no other thread is here
             files.update(dict.fromkeys((self._selector, self._waker)))
@@ -1580,6 +1581,7 @@ class _Hub:
             self._open()
         events = self._wait(limit)
         with self._token:
+            self._stay()
             return self._work([(key.data, mask) for key, mask in events])
 
     def _work(self, events):
@@ -1618,7 +1620,6 @@ class _Hub:
         events = self._selector.select(timeout)
         if self._visited:
             self._slow_down()
-        self._stay()
         self._asleep = False
         return events
 
@@ -2545,7 +2546,8 @@ class _RelayHub(_Hub):
         # The loop alone. As a follower, and before anything is known:
         self._uplink = _Uplink(self._backlog, self._on_leader)  # or we lead
         self._subscribers[self._uplink] = None
-        self._hasty = _Backoff()    # from leaders that hang up at once
+        self._left_by = None    # the leader that hung up last
+        self._hasty = _Backoff()    # from one that does so again, at once
         self._passed = None     # the leader's listener, by hello
         self._presence = None   # the leader's, by hello, or our own
         # As a leader:
@@ -2834,10 +2836,14 @@ class _RelayHub(_Hub):
         self._unwatch(subscriber.sock)
         subscriber.sock.close()
         subscriber.disconnect()
-        if greeted and time.monotonic() - subscriber.since > _CHECK_INTERVAL:
+        if not greeted:
+            return      # it is tried again when due, not without end
+        if (subscriber.who != self._left_by
+                or time.monotonic() - subscriber.since > _CHECK_INTERVAL):
+            self._left_by = subscriber.who
             self._hasty.clear()
             self._check_path()
-        elif greeted:   # else it is tried again when due, not without end
+        else:           # again, so it was not killed
             self._hasty.fail()
             self._retry.at = self._hasty.at
             if self._hasty.delay == _Backoff.MAX:

@@ -583,6 +583,11 @@ class EncodeTest(TestCase):
                 self.assertIn('...', str(self.payload(value, mask))
                               .replace('Inventory object at', '...'))
         self.assertIn('Inventory object at', self.payload(Inventory()))
+        self.patch('_ITEMS_MAX', 4096)
+        shared = functools.reduce(lambda x, _: [x, x], range(30), float('nan'))
+        self.assertIn('...', str(self.payload(shared)))
+        self.assertEqual([None] + [0] * 5000,
+                         self.payload([float('nan')] + [0] * 5000))
 
     def test_depth_has_an_end(self):
         for depth in (900, 10000):

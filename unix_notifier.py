@@ -237,11 +237,12 @@ def _send_short(sock, data):
 
 # -- format: a message becomes one line -------------------------------------
 
-# Levels and values of a message that are copied where the encoder cannot go
-# on. One that is cut counts for many: among three dozen dicts that hold one
-# another there are 10 ** 41 paths.
+# Levels and containers of a message that are copied where the encoder cannot
+# go on, in a second at most; and items of one that may have no end. What is
+# cut counts for many: among three dozen dicts that hold one another there are
+# 10 ** 41 paths.
 _DEPTH_MAX = 100
-_VALUES_MAX = 256 * 1024
+_ITEMS_MAX = 256 * 1024
 _CUT_COST = 256
 
 # Python 3.14 holds its own to the size of the stack alone: of a dict that is
@@ -269,8 +270,8 @@ def _as_text(value):
 
 def _taken(items):
     """They, unless they are so many that there may be no end of them."""
-    taken = list(itertools.islice(items, _VALUES_MAX))
-    if len(taken) == _VALUES_MAX:
+    taken = list(itertools.islice(items, _ITEMS_MAX))
+    if len(taken) == _ITEMS_MAX:
         raise ValueError
     return taken
 
@@ -301,7 +302,7 @@ def _plain(value, above=(), left=None):
     """A copy of the value that strict JSON can hold.
 
     Cut short where it has no end. ``above`` are the ids of what is around the
-    value; ``left`` is how many values may yet come, in a list.
+    value; ``left`` is how many containers may yet come, in a list.
     """
     if value is None or isinstance(value, str):
         return value
@@ -312,7 +313,7 @@ def _plain(value, above=(), left=None):
             return value if int.__repr__(value) else None
         except ValueError:      # too long to print
             return '<no repr>'
-    left = left or [_VALUES_MAX]
+    left = left or [_ITEMS_MAX]
     left[0] -= 1
     if id(value) in above or len(above) > _DEPTH_MAX or left[0] < 0:
         left[0] -= _CUT_COST

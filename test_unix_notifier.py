@@ -573,6 +573,7 @@ class EncodeTest(TestCase):
             def items(self):
                 return zip(itertools.count(), itertools.count())
 
+        self.patch('_ITEMS_MAX', 4096)
         # Not one path through it is long, but there are 10 ** 32.
         ring = [{} for _ in range(30)]
         for each in ring:
@@ -583,7 +584,6 @@ class EncodeTest(TestCase):
                 self.assertIn('...', str(self.payload(value, mask))
                               .replace('Inventory object at', '...'))
         self.assertIn('Inventory object at', self.payload(Inventory()))
-        self.patch('_ITEMS_MAX', 4096)
         shared = functools.reduce(lambda x, _: [x, x], range(30), float('nan'))
         self.assertIn('...', str(self.payload(shared)))
         self.assertEqual([None] + [0] * 5000,

@@ -22,6 +22,7 @@ ones in each run.
 import collections
 import contextlib
 import json
+import re
 import socket
 import threading
 import time
@@ -237,6 +238,37 @@ class LineBufferTest(base.BaseTestCase):
             whole, newline, rest = b''.join(pieces).rpartition(b'\n')
             self.assertEqual(whole + newline, b''.join(blocks))
             self.assertEqual(rest + b'\n', buffer.feed(b'\n'))
+
+        check()
+
+
+class RelayTest(base.BaseTestCase):
+
+    def test_whatever_a_follower_sends_its_account_adds_up(self):
+        words = strategies.lists(strategies.sampled_from(
+            [b'{"a": 1}\n', b'-0 look\n', b'-1 x\n', b'-12 queue full\n',
+             b'{}\n-2 y\n' * 200, b'-3 z\n' * 200, b'\n', b'-\n', b'-1\n',
+             b'-%s x\n' % (b'9' * 19)]) | strategies.binary(max_size=5))
+
+        def account(blocks):
+            lines = lost = 0
+            try:
+                for block in blocks:
+                    for chunk in unix_notifier._chunks(block):
+                        self.assertEqual(chunk[1] + bool(chunk[2]),
+                                         chunk[0].count(b'\n'))
+                        lines, lost = lines + chunk[1], lost + chunk[2]
+            except ValueError:
+                return lines, lost, 'nonsense'
+            return lines, lost
+
+        @hypothesis.settings(SETTINGS, max_examples=300)
+        @hypothesis.given(words)
+        def check(parts):
+            lines = re.findall(rb'[^\n]*\n', b''.join(parts))
+            one_by_one = account(lines)
+            if one_by_one[-1] != 'nonsense':
+                self.assertEqual(one_by_one, account([b''.join(lines)]))
 
         check()
 

@@ -4109,14 +4109,10 @@ class SubscribeTest(ConsumerTestCase):
         next(stream)
         self.assertEqual(1, self.logged('20 notifications were lost'))
 
-    def test_what_no_reader_should_be_given_is_mended(self):
+    def test_what_is_no_number_is_null(self):
         stream, service = self.connected()
-        for text, value in ((b'[NaN,-Infinity]', [None, None]),
-                            (b'"\\ud83d\\ude00"', '\U0001f600'),
-                            (b'"\\\\ud83d"', '\\ud83d'),
-                            (b'"\\uD83D x\\ude00"', '\ufffd x\ufffd')):
-            service.sendall(b'{"payload": %s}\n' % text)
-            self.assertEqual({'payload': value}, next(stream))
+        service.sendall(b'{"payload": [NaN, -Infinity]}\n')
+        self.assertEqual({'payload': [None, None]}, next(stream))
 
     def test_what_others_say_does_no_harm_in_the_log(self):
         stream, service = self.connected()

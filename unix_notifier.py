@@ -3077,10 +3077,6 @@ def _lost_by(payload):
     return lost if type(lost) is int and 0 < lost <= _LOST_MAX else 0
 
 
-# What a strict reader may not take, in a line of who is no driver of ours.
-_SURROGATE = re.compile(rb'\\u[dD][89a-fA-F]')
-
-
 def _strict(message):
     """The line of a message that was read, as the driver would send it."""
     try:
@@ -3242,8 +3238,6 @@ class _Subscription(abc.Iterator):
         try:
             # Not json.loads(), which guesses the encoding: 8 us, not 7.
             message = _DECODER.decode(line.decode())
-            if b'\\' in line and _SURROGATE.search(line):
-                message = _DECODER.decode(_strict(message).decode())
         except (ValueError, RecursionError):
             message = None
         if not isinstance(message, dict):
@@ -3500,7 +3494,8 @@ class _Listener(_base.PollStyleListener):
                         return self._return(queue)
             if full:
                 until = max(self._moved + _STUCK_FIRST, self._tell_at)
-            self._complain(full)
+            if full or self._worst is not None:
+                self._complain(full)
             message = self._subscription.take(min(deadline, until),
                                               paused=full)
             self._is_new = True     # or there was none

@@ -352,8 +352,8 @@ class ReaderTest(base.BaseTestCase):
                 sum(map(is_strict, lines)) + told, len(messages))
             for message in messages:
                 self.assertTrue(is_strict(unix_notifier._strict(message)))
-                self.assertTrue(b'1e999' in data or is_strict(
-                    json.dumps(message).encode()))
+                if b'1e999' not in data:
+                    json.dumps(message, allow_nan=False)
                 for line in (unix_notifier._strict(message)[:-1].decode(),
                              unix_notifier._text(message)):
                     self.assertTrue(line.isprintable(), line)

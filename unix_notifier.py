@@ -260,7 +260,7 @@ def _as_text(value):
     Of netaddr's classes, and those that are derived from them, the str.
     """
     try:
-        if any(each.__module__.startswith('netaddr.')
+        if any(str(each.__module__).startswith('netaddr.')
                for each in type(value).__mro__):
             return str(value)
         return _REPR.repr(value)

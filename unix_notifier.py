@@ -3692,6 +3692,15 @@ def _arguments(argv):
     return arguments
 
 
+class _StandardError(logging.Handler):
+    """Drops what cannot be written. A stream would fail once more, at exit."""
+
+    def emit(self, record):
+        with contextlib.suppress(OSError):
+            os.write(sys.stderr.fileno(), b'%s\n' % self.format(
+                record).encode(errors='backslashreplace'))
+
+
 def _write(data):
     """Write all of it. Not by sys.stdout, which, if it is unbuffered, cuts.
 
@@ -3735,8 +3744,9 @@ def main(argv=None):
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda number, _: os._exit(128 + number))
-    logging.raiseExceptions = False     # standard error may be full, or closed
-    logging.basicConfig(format='%(message)s', level=logging.INFO)
+    logging.basicConfig(
+        format='%(message)s', level=logging.INFO,
+        handlers=[_StandardError() if sys.stderr else logging.NullHandler()])
     if sys.stdout is None:
         LOG.error('Standard output is closed')
         return 1

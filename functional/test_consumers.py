@@ -386,7 +386,7 @@ class CommandLineTest(ConsumerTestCase):
         service = self.service()
         for output in ('>/dev/full', '>&-', '1</dev/null',
                        '>/dev/full 2>/dev/full', '>&- 2>&-'):
-            process = self.command(by=('sh', '-c', '"$@" ' + output, ''))
+            process = self.command(by=self.redirected(output))
             self.emit_until_end(service, process)
             error = [line for line in process.stderr.read().splitlines()
                      if not line.endswith(b'connected')]
@@ -402,11 +402,15 @@ class CommandLineTest(ConsumerTestCase):
         self.assertEqual(1, process.wait(base.PATIENCE))
         self.assertEqual(1, process.stderr.read().count(b'\n'))
 
+    def redirected(self, output):
+        """Buffered, as it is unless told otherwise; else nothing is left."""
+        return ('sh', '-c', 'unset PYTHONUNBUFFERED; "$@" ' + output, '')
+
     def test_errors_that_cannot_be_written_are_no_matter(self):
         service = self.service()
         for output in ('2>/dev/full', '2>&-'):
             process = self.command('--count', '1',
-                                   by=('sh', '-c', '"$@" ' + output, ''))
+                                   by=self.redirected(output))
             self.emit_until_end(service, process)
             self.assertEqual(0, process.returncode)
             self.assertEqual(1, process.stdout.read().count(b'\n'))

@@ -1359,6 +1359,8 @@ class _Hub:
         which is not behind: all else is left to the loop, as are errors and
         the rest of a line.
         """
+        if len(self._subscribers) != 1:     # as _ready() looks up, for all
+            return False                    # others in a tenth of the time
         now, size, sent = time.monotonic(), len(line), []
         free = self._token.free
         if not free or self._credit - now > _HAND_OVERS * _HAND_OVER_TIME:
@@ -2683,7 +2685,7 @@ class _RelayHub(_Hub):
 
     def _none_waits(self):
         # There is somebody, or there is no need to tell the leader.
-        return super()._none_waits() == (self._uplink is None)
+        return bool(self._gate.look()) != (self._uplink is None)
 
     def _intact(self):
         if self._uplink is None:

@@ -295,6 +295,8 @@ class SocketSubscriber(Subscriber):
 
     """A subscriber that is connected by a socket of the test."""
 
+    size = MIB      # that it receives at a time
+
     def __init__(self, path):
         self.sock = socket.socket(socket.AF_UNIX)
         try:
@@ -302,7 +304,7 @@ class SocketSubscriber(Subscriber):
         except BaseException:
             self.sock.close()
             raise
-        super().__init__(lambda: self.sock.recv(MIB),
+        super().__init__(lambda: self.sock.recv(self.size),
                          'socket %d' % self.sock.fileno())
 
     def _connect(self, path):

@@ -463,7 +463,7 @@ class EncodeTest(base.BaseTestCase):
             json.dumps(message, ensure_ascii=False).encode()
             return message
 
-        @hypothesis.settings(SETTINGS, max_examples=1000)
+        @hypothesis.settings(SETTINGS, max_examples=500)
         @hypothesis.given(payloads)
         def check(payload):
             message = {'event_type': 'x', 'payload': payload}

@@ -164,7 +164,7 @@ class HandoverTest(base.RelayTestCase):
     def test_who_waits_at_a_leader_that_is_killed(self):
         """It sees the end of the stream, for what was taken in is lost."""
         workers = self.start_workers(3)
-        for _ in range(30):
+        for _ in range(15):
             leader = self.wait_leader(workers)
             followers = [each for each in workers if each is not leader]
             # Each has to have met the leader, or there is no handing over.

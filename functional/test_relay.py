@@ -69,7 +69,7 @@ class RelayTest(base.RelayTestCase):
                         lambda: leader.ask('start', pause=0.001)):
             disturb()
             for follower in followers:
-                follower.tell('rounds', count=500, path=self.path)
+                follower.tell('rounds', count=200, path=self.path)
             for follower in followers:
                 self.assertEqual([], follower.answer())
 

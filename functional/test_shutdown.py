@@ -55,6 +55,9 @@ class DeliveryTest(base.FunctionalTestCase):
     def _leave(self, how, status, **kwargs):
         publisher = self.publisher(**kwargs)
         subscribers = [self.subscribe() for _ in range(3)]
+        for subscriber in subscribers:
+            # Or the three, at a third of a MiB, check for EXIT_STALL.
+            subscriber.size = 64 * 1024
         publisher.tell('leave', how=how, count=self.COUNT, size=500)
         self.assertEqual(status, publisher.wait_exit())
         for subscriber in subscribers:

@@ -495,7 +495,8 @@ class Soak:
         process = Process(self.name(kind), child, parent)
         choose = random.Random('%d/%s' % (self.seed, process.name))
         process.slots = [self.new_slot(process.name) for _ in range(
-            choose.choice(THREADS) if self.processes else max(THREADS))]
+            choose.choice(THREADS) if self.running_slots()
+            else max(THREADS))]
         child.ask('run', slots=process.slots, pause=PAUSE)
         self.processes.append(process)
         return process
@@ -716,7 +717,8 @@ class Soak:
         return process
 
     def _make_up(self):
-        while len(self.processes) < WORKERS:
+        # Where nobody emits nobody looks after the path.
+        while len(self.processes) < WORKERS or not self.running_slots():
             self.add_worker()
 
     def _leave(self, process, choose):

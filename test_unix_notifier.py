@@ -3610,6 +3610,20 @@ class RelayPathTest(RelayCase):
             self.assertEqual(emits, late[0].ended)
             follower.finish()
 
+    def test_newcomer_owes_all_though_the_directory_is_away_for_a_moment(self):
+        leader = self.make_newcomer(self.make_settings())
+        self.step(leader)
+        client = self.connect(leader)
+        newcomer = self.make_newcomer(leader.settings)
+        os.rename(self.dir, self.dir + '.away')
+        for number in range(5):     # each time it has just tried
+            newcomer.look_again()
+            self.emit(newcomer, range(number, number + 1))
+        os.rename(self.dir + '.away', self.dir)
+        self.assertIs(leader, self.settle(leader, newcomer))
+        self.step(newcomer)
+        self.pump(leader, client, 5)
+
     def test_who_can_neither_lead_nor_follow_keeps_nothing_until_it_may(self):
         for hinder, free in ((os.rmdir, os.mkdir), (touch, os.unlink)):
             path = self.dir if hinder is os.rmdir else self.path

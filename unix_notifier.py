@@ -2673,11 +2673,14 @@ class _RelayHub(_Hub):
             super()._shut(error)
             return
         code = getattr(error, 'errno', None)
-        if code == errno.EAGAIN or self._passed and self._passed.intact():
+        # For about a second in any case: a leader whose directory is away for
+        # a moment keeps its subscribers.
+        if (code == errno.EAGAIN or 0 < self._retry.delay < _Backoff.MAX
+                or self._passed and self._passed.intact()):
             self._gate = _Gate(_keep_all, True)
             return
-        # Nobody can be waiting while there is no socket to connect to. To see
-        # that takes 3 us, to keep what comes 70.
+        # Nobody can connect while there is no socket at the path. To see that
+        # takes 3 us, to keep what comes 70.
         if code not in _STARVED:    # or another may lead, whom we owe it
             self._uplink.forget(self._backlog)
         self._gate = _Gate(functools.partial(

@@ -1254,9 +1254,10 @@ class _Token:
         self.free.append(True)
 
     def outwait(self, seconds):
-        """At exit: wait so long for who has it, and then take it for gone.
+        """Wait so long for who has it, and then take it for gone.
 
-        The handler of a signal may run the exit handlers amid notify().
+        At exit, for the handler of a signal may run the exit handlers amid
+        notify(); and in a forked child, which does not have that thread.
         """
         until = time.monotonic() + seconds
         while not self.free and time.monotonic() < until:
@@ -1359,8 +1360,8 @@ class _Hub:
         which is not behind: all else is left to the loop, as are errors and
         the rest of a line.
         """
-        if len(self._subscribers) != 1:     # as _ready() looks up, for all
-            return False                    # others in a tenth of the time
+        if len(self._subscribers) != 1:     # _ready() looks again, with the
+            return False                    # turn, which would be for nothing
         now, size, sent = time.monotonic(), len(line), []
         free = self._token.free
         if not free or self._credit - now > _HAND_OVERS * _HAND_OVER_TIME:
@@ -1580,8 +1581,9 @@ class _Hub:
 
         :returns: whether there was anything to do
         """
-        with self._token:
-            self._open()
+        if self._selector is None:
+            with self._token:
+                self._open()
         events = self._wait(limit)
         with self._token:
             self._stay()
@@ -3053,9 +3055,9 @@ _HELD_MAX = 8 * 1024 * 1024
 _REQUEUE_FIRST = 1
 _REQUEUE_MAX = 30
 
-# Seconds without progress after which the log says so: doubling, as above.
+# Seconds without progress after which the log says so: doubling, up to what
+# a trouble of the driver does.
 _STUCK_FIRST = 10
-_STUCK_MAX = 3600
 
 # Only the transport derives from it; without it, only that one is lost.
 _base = importutils.try_import(
@@ -3541,7 +3543,7 @@ class _Listener(_base.PollStyleListener):
             if worst is None or now < self._tell_at:
                 return
             self._tell_at = now + self._tell_pause
-            self._tell_pause = min(2 * self._tell_pause, _STUCK_MAX)
+            self._tell_pause = min(2 * self._tell_pause, _AGAIN_MAX)
             numbers = (len(self._unsettled),
                        sum(map(len, self._put_off.values())))
         self._subscription.say(

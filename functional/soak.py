@@ -55,7 +55,8 @@ same, so this is an equation. It is weaker where nothing more is promised:
 - When the directory, or lock and socket at once, were removed, a process
   that starts has no way to tell that there is a leader. Until all have found
   to each other there may be two of them, or no way to reach the one. The
-  base is set anew when a new subscriber hears all.
+  base is set anew when a new subscriber hears all; who connects until then,
+  which may be to one of two, has none.
 - A connection that has ended: the right side alone.
 
 To stop a process, a leader as well, to kill followers, to remove any single
@@ -76,6 +77,7 @@ import collections
 import contextlib
 import ctypes
 import functools
+import math
 import os
 import random
 import shutil
@@ -157,7 +159,12 @@ def overlap(first, last, low, high):
 
 
 def at(numbers, slot):
-    """The number of a slot, in a list that may be older than the slot."""
+    """The number of a slot, in a list that may be older than the slot.
+
+    Without a list, nothing is owed.
+    """
+    if numbers is None:
+        return math.inf
     return numbers[slot] if slot < len(numbers) else 0
 
 
@@ -301,7 +308,8 @@ class Reader:
         ledger = Ledger('%s, connection %d' % (self, self.connects),
                         self.last)
         with self.soak.lock:    # for base may be set anew
-            ledger.begin(self.soak.low, self.soak.began())
+            ledger.begin(self.soak.low, None if self.soak.two_leaders
+                         else self.soak.began())
             self.ledger = ledger
 
     def _read(self, sock):
@@ -607,8 +615,8 @@ class Soak:
         self.healed.append(time.monotonic() - begin)
         self.sick = None
         if self.two_leaders:
+            self.two_leaders = False    # for who connects from now on
             self.owe_from_now()
-            self.two_leaders = False
         for window in self.disturbed:
             window[1] = window[1] or time.monotonic()
 

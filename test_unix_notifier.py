@@ -291,18 +291,77 @@ class FakeListener:
         return result
 
 
+def inside(name):
+    """What a hub has under the name, to be read and set, or called."""
+    *owners, last = name.split('.')
+    return property(
+        lambda hub: getattr(functools.reduce(getattr, owners, hub), last),
+        lambda hub, value: setattr(
+            functools.reduce(getattr, owners, hub), last, value))
+
+
 class SteppedHub(unix_notifier._Hub):
-    """A hub whose loop is the test: nothing ever starts the thread."""
+    """A hub, in the words of the tests: they name nothing else inside one.
+
+    Its loop is the test, and nothing ever starts the thread, unless it is not
+    to be stepped. Hooks, such as on_accept(), take what to call at a moment,
+    once if they do not return what ends that.
+    """
 
     starts = 0
-    hands_over = False      # all is queued, for the test to look at
+    asleep = inside('_asleep')
+    backlog = inside('_backlog')
+    checked_at = inside('_checked')
+    count_drop = inside('_drops.__next__')
+    credit = inside('_credit')
+    gap = inside('_gap')
+    gate = inside('_gate')
+    gate_open = inside('_gate.open')
+    identity = inside('_bound.identity')
+    listener = inside('_bound.sock')
+    lock = inside('_lock')
+    paused_until = inside('_pause.at')
+    reserve = inside('_reserve')
+    rest = inside('_rest')      # of a line, to be sent
+    retry_at = inside('_retry.at')
+    room = inside('_room')
+    starting = inside('_starting')
+    tell_visits_at = inside('_visits.at')
+    thread = inside('_thread')
+    vacate = inside('_lock.vacate')
+    wake = inside('_wake')
+    waker = inside('_waker')
+    anyone_seen = property(lambda self: bool(self._gate.look()))
+    bytes_queued = property(
+        lambda self: sum(map(len, filter(None, self._queue))))
+    descriptors = property(
+        lambda self: [each.fileno() for each in self._files])
+    holds_lock = property(lambda self: self._lock.intact())
+    owns_path = property(lambda self: self._bound.intact())
+    queued = property(lambda self: len(self._queue))    # entries
+    selector_fileno = property(lambda self: self._selector.fileno())
+    served = property(lambda self: self._bound is not None)
+    subscribers = property(lambda self: list(self._subscribers))
+    timeout = property(lambda self: self._timeout(None))
+    waiting = property(lambda self: self._waiting())
+    take = functools.partialmethod(unix_notifier._Hub._take, handed=())
 
-    def _hand_over(self, line):
-        return self.hands_over and super()._hand_over(line)
+    def __init__(self, settings, stepped=True):
+        super().__init__(settings)
+        self.hand_over(not stepped)
+        if not stepped:     # as it is, without a frame more
+            self.start = super().start
+
+    def hand_over(self, does):
+        """Whether emit() itself may send; else all is queued, to be seen."""
+        self._hand_over = super()._hand_over if does else lambda line: False
 
     def start(self):
         self.starts += 1
         self._asleep = False    # as the loop has it while it is awake
+
+    def turn(self, limit=0):
+        return self._turn(limit)
 
     def overdue(self):
         """Make the next turn look after the path, whatever the time."""
@@ -320,6 +379,59 @@ class SteppedHub(unix_notifier._Hub):
             self._closing = True
             self._token.outwait(0.01)
             self._leave(time.monotonic() + WAIT)
+
+    def late_event(self, subscriber):
+        """One that was there before it parted."""
+        self._part(subscriber, 'a test')
+        self._on_subscriber(subscriber, selectors.EVENT_READ)
+
+    def _hook(self, name, before=bool, after=bool):
+        *owners, last = name.split('.')
+        owner = functools.reduce(getattr, owners, self)
+        method = getattr(owner, last)
+
+        def hooked(*arguments):
+            before()
+            result = method(*arguments)
+            after()
+            return result
+
+        setattr(owner, last, hooked)
+        return functools.partial(setattr, owner, last, method)
+
+    on_accept = functools.partialmethod(_hook, '_accept')
+    on_close_listener = functools.partialmethod(_hook, '_close_listener')
+    on_flush = functools.partialmethod(_hook, '_flush')
+    on_look_after_path = functools.partialmethod(_hook, '_look_after_path')
+    on_turn = functools.partialmethod(_hook, '_turn')
+
+    def on_look(self, function):
+        """After one, whatever it has found."""
+        end = self._hook('_gate.look', after=lambda: end() or function())
+
+    def on_asleep(self, function):
+        """Before the flag is up."""
+        end = self._hook('_waiting', after=lambda: end() or function())
+
+    def on_select(self, function):
+        """With the timeout; what it returns, if anything, was found."""
+        select = self._selector.select
+        self._selector.select = lambda timeout: (
+            select(timeout) if (found := function(timeout)) is None else found)
+        return functools.partial(setattr, self._selector, 'select', select)
+
+    def on_hand_over(self, function):
+        """When emit() is about to send: only if that returns True."""
+        self._none_waits = function
+
+    def on_handed_over(self, function):
+        """When emit() has given the turn back."""
+        class Free(collections.deque):
+            def append(free, token):
+                self._token.free = collections.deque([token])
+                function()
+
+        self._token.free = Free([True])
 
 
 def make_clogged_subscriber(backlog):
@@ -381,11 +493,19 @@ class TestCase(base.BaseTestCase):
         unix_notifier.register_opts(conf)
         return unix_notifier._read_settings(conf)
 
+    def patch_drivers(self):
+        """Have drivers make hubs that speak as the tests do."""
+        class Hub(SteppedHub, unix_notifier.UnixDriver.hub_class):
+            def __init__(self, settings):
+                super().__init__(settings, stepped=False)
+
+        self.patch('UnixDriver.hub_class', Hub)
+
     def connect(self, hub=None):
         client = Client(self.path)
         self.addCleanup(client.sock.close)
         if hub is not None:
-            hub._turn(0)
+            hub.turn()
         return client
 
     def await_service(self):
@@ -1429,45 +1549,41 @@ class HubCase(TestCase):
     def make_hub(self, served=True, **options):
         hub = SteppedHub(self.make_settings(**options))
         self.addCleanup(hub.finish)
-        hub._turn(0)
-        self.assertEqual(served, hub._bound is not None)
+        hub.turn()
+        self.assertEqual(served, hub.served)
         return hub
 
     def start_hub(self, **options):
         """A hub with its thread, and a client."""
-        hub = unix_notifier._Hub(self.make_settings(**options))
+        hub = SteppedHub(self.make_settings(**options), stepped=False)
         self.addCleanup(hub.close)
         hub.start()
         self.await_service()
         client = self.connect()
-        wait_until(lambda: hub._subscribers)
+        wait_until(lambda: hub.subscribers)
         return hub, client
 
-    def spy(self, function, hub, first=lambda: None):
-        """The function; what is emitted before it is called is queued.
-
-        :param first: called before that
-        """
-        def spying(*arguments):
-            before = len(hub._queue)
+    def spy(self, hub, first=lambda: None):
+        """For a hook: what is emitted then, after the first, is queued."""
+        def spying():
+            before = hub.queued
             first()
             self.emit(hub, range(1))
-            spied.append(len(hub._queue) - before)
-            return function(*arguments)
+            spied.append(hub.queued - before)
 
         spied = []
         self.addCleanup(lambda: self.assertEqual({1}, set(spied)))
         return spying
 
     def script(self, hub, *steps):
-        hub._bound.sock = FakeListener(hub._bound.sock, steps)
+        hub.listener = FakeListener(hub.listener, steps)
         self.patch('_accept', lambda listener: listener.accept()[0])
-        return hub._bound.sock
+        return hub.listener
 
     def pump(self, hub, client, total, first=0):
         """Turn until the client has what was emitted, all in its place."""
         def done():
-            hub._turn(0)
+            hub.turn()
             return account(client.read(), first) == total
 
         wait_until(done)
@@ -1479,7 +1595,7 @@ class HubCase(TestCase):
         with fixtures.MonkeyPatch('time.monotonic', lambda: now[0]):
             for passed in range(step, seconds + step, step):
                 now[0] += step
-                hub._turn(0)
+                hub.turn()
                 if self.log.output.count(text) > count:
                     times.append(passed)
                     count += 1
@@ -1497,12 +1613,12 @@ class HubCase(TestCase):
         """The next notification reaches them."""
         text = str(uuid.uuid4())
         hub.emit(message(text))
-        hub._turn(0)
+        hub.turn()
         for each in clients:
             self.assertEqual(text, each.read()[-1]['payload'])
 
     def assertQueued(self, hub, count):
-        self.assertEqual(count, len(hub._queue))
+        self.assertEqual(count, hub.queued)
 
 
 class StartTest(HubCase):
@@ -1535,22 +1651,15 @@ class StartTest(HubCase):
         self.emit(hub, [7])
         client = self.connect()
         self.emit(hub, range(3))
-        hub._turn(0)
+        hub.turn()
         self.assertEqual(3, account(client.read()))
 
     def emit_while_looking(self, hub, hook):
         """Emit; call the hook when the look has found nothing."""
-        gate, look = hub._gate, hub._gate.look
-
-        def hooked():
-            gate.look = look
-            self.assertFalse(look())
-            hook()
-            return False
-
-        gate.look = hooked
+        self.assertFalse(hub.anyone_seen)
+        hub.on_look(hook)
         self.emit(hub, range(1))
-        hub._turn(0)
+        hub.turn()
 
     def test_gate_opened_after_the_look_is_seen(self):
         hub, clients = self.make_hub(), []
@@ -1560,7 +1669,7 @@ class StartTest(HubCase):
 
     def test_gate_replaced_after_the_look_is_looked_at(self):
         hub, clients = self.make_hub(), []
-        gate = hub._gate
+        gate = hub.gate
 
         def rebind():
             os.unlink(self.path)
@@ -1572,28 +1681,27 @@ class StartTest(HubCase):
         self.assertEqual(1, account(clients[0].read()))
 
     def test_gate_is_replaced_before_its_listener_closes(self):
-        hub, looked_at, close = self.make_hub(), [], SteppedHub._close_listener
-        client, gate = self.connect(hub), hub._gate
+        hub, looked_at = self.make_hub(), []
+        client, gate = self.connect(hub), hub.gate
 
-        def spy(bound):
-            looked_at.append(hub._gate is gate)
+        def spy():
+            looked_at.append(hub.gate is gate)
             self.emit(hub, range(1))
-            close(hub, bound)
 
-        hub._close_listener = spy
+        end = hub.on_close_listener(spy)
         os.unlink(self.path)
         hub.look_again()
         self.assertEqual([False], looked_at)
-        hub._turn(0)
+        hub.turn()
         self.assertEqual(1, account(client.read()))
-        del hub._close_listener
+        end()
 
     def test_gate_is_open_before_a_listener_that_lost_its_path_closes(self):
         hub = self.make_hub()
         for suffix in '', '.lock':
             os.unlink(self.path + suffix)
         self.make_hub()
-        hub._close_listener = self.spy(hub._close_listener, hub)
+        hub.on_close_listener(self.spy(hub))
         hub.look_again()
 
     def test_gate_is_open_before_the_first_is_accepted(self):
@@ -1601,21 +1709,20 @@ class StartTest(HubCase):
         hub = self.make_hub()
         self.script(hub, lambda: self.emit(hub, range(1)))
         client = self.connect(hub)
-        hub._turn(0)
+        hub.turn()
         self.assertEqual(1, account(client.read()))
 
     def test_what_comes_after_the_snapshot_waits_a_turn(self):
-        hub, accept, late = self.make_hub(), SteppedHub._accept, []
+        hub, late = self.make_hub(), []
 
-        def accept_then_another_connects():
-            accept(hub)
+        def another_connects():
             if not late:
                 late.append(self.connect())
                 self.emit(hub, range(1))
 
-        hub._accept = accept_then_another_connects
+        hub.on_accept(after=another_connects)
         first = self.connect(hub)
-        hub._turn(0)
+        hub.turn()
         for each in first, late[0]:
             self.assertEqual(1, account(each.read()))
 
@@ -1623,10 +1730,10 @@ class StartTest(HubCase):
         hub = self.make_hub()
         clients = [self.connect(hub), self.connect(hub)]
         for each in clients:
-            self.assertTrue(hub._gate.open)
+            self.assertTrue(hub.gate_open)
             each.sock.close()
-            hub._turn(0)
-        self.assertFalse(hub._gate.open)
+            hub.turn()
+        self.assertFalse(hub.gate_open)
 
 
 class QueueTest(HubCase):
@@ -1641,8 +1748,8 @@ class QueueTest(HubCase):
         self.emit(hub, range(20, 22), size=3 << 20)
         clients.append(self.connect())  # gets what is on its way, too
         self.emit(hub, range(22, 25))
-        hub._turn(0)
-        one, other = list(hub._subscribers)[:2]
+        hub.turn()
+        one, other = hub.subscribers[:2]
         self.assertIs(one.chunk.data, other.chunk.data)     # one copy for all
         for each in clients:
             self.pump(hub, each, 25)
@@ -1671,31 +1778,31 @@ class QueueTest(HubCase):
         client = self.connect(hub)
         for first in (0, 100, 200):
             self.emit(hub, range(first, first + 100))
-            hub._turn(0)
+            hub.turn()
         self.emit(hub, range(300, 301))
         self.pump(hub, client, 301)
         self.assertEqual([36] * 3, lost(client.messages))
         self.assertEqual({None, 'queue full'}, {
             each['payload'].get('reason') for each in client.messages})
         self.emit(hub, range(301, 401), size=3000)      # bounded in bytes
-        self.assertLess(sum(map(len, filter(None, hub._queue))), 65536 + 4096)
+        self.assertLess(hub.bytes_queued, 65536 + 4096)
         self.pump(hub, client, 401)
 
     def test_drops_at_once_count_once_and_in_place(self):
         hub = self.make_hub(sock_buffer_size=65536)
         client = self.connect(hub)
         self.emit(hub, range(64))
-        first = next(hub._drops)    # a thread has counted, and no more
+        first = hub.count_drop()    # a thread has counted, and no more
         self.emit(hub, range(65, 66))
-        hub._turn(0)
+        hub.turn()
         self.emit(hub, range(66, 67))
-        hub._gap = first            # goes on
+        hub.gap = first             # goes on
         self.emit(hub, range(67, 69))
-        hub._turn(0)
+        hub.turn()
         self.emit(hub, range(69, 70))
-        hub._gap = first            # whose drop has long been told
-        hub._turn(0)
-        self.assertFalse(hub._waiting())
+        hub.gap = first             # whose drop has long been told
+        hub.turn()
+        self.assertFalse(hub.waiting)
         self.emit(hub, range(70, 71))
         self.pump(hub, client, 71)
         self.assertEqual([2, 2], lost(client.messages))
@@ -1704,7 +1811,7 @@ class QueueTest(HubCase):
         hub = self.make_hub(sock_buffer_size=65536)
         client, encode = self.connect(hub), unix_notifier._encode
         self.emit(hub, range(65))
-        hub._take(64, [])   # the loop's snapshot was before the gap
+        hub.take(64)        # the loop's snapshot was before the gap
         self.emit(hub, range(65, 140))
         self.pump(hub, client, 140)
 
@@ -1719,27 +1826,25 @@ class QueueTest(HubCase):
         self.assertEqual([76, 2], lost(client.messages))
 
     def test_who_connects_before_a_drop_is_told_of_it(self):
-        hub, accept, late = self.make_hub(
-            sock_buffer_size=65536), SteppedHub._accept, []
+        hub, late = self.make_hub(sock_buffer_size=65536), []
         client = self.connect(hub)
         self.emit(hub, range(65))
 
-        def accept_then_another_connects():
-            accept(hub)
+        def another_connects():
             if not late:
                 late.append(self.connect())
                 self.emit(hub, range(65, 66))   # finds the gap open
 
-        hub._accept = accept_then_another_connects
+        hub.on_accept(after=another_connects)
         self.connect(hub)
         self.pump(hub, client, 66)
         self.assertEqual(66, account(late[0].read(), 65))
 
     def test_what_was_lost_while_nobody_was_there_is_not_told(self):
         hub = self.make_hub(sock_buffer_size=65536)
-        hub._set_open(True)
+        hub.gate_open = True
         self.emit(hub, range(80))
-        hub._turn(0)
+        hub.turn()
         client = self.connect(hub)
         self.emit(hub, range(70))
         self.pump(hub, client, 70)
@@ -1754,7 +1859,7 @@ class QueueTest(HubCase):
             self.patch('time.sleep', sleep)
             self.emit(hub, range(60))
             self.assertEqual(times, len(slept))
-            hub._turn(0)
+            hub.turn()
 
     def test_beside_a_busy_thread_the_first_send_alone_gives_up_the_gil(self):
         hub = self.make_hub()
@@ -1768,16 +1873,16 @@ class QueueTest(HubCase):
     def test_laggard_loses_its_oldest_and_nobody_else_does(self):
         hub = self.make_hub(sock_buffer_size=65536)
         slow, fast = self.connect(hub), self.connect(hub)
-        laggard = next(iter(hub._subscribers))
+        laggard, _ = hub.subscribers
         for number in range(2000):
             self.emit(hub, [number], size=1000)
-            hub._turn(0)
+            hub.turn()
             fast.read()
-            self.assertLess(hub._backlog.behind(laggard.chunk), 65536 + 2048)
+            self.assertLess(hub.backlog.behind(laggard.chunk), 65536 + 2048)
         self.assertEqual((2000, []), (account(fast.messages),
                                       lost(fast.messages)))
         # Queue and backlog share the memory; a quarter is kept for the queue.
-        self.assertEqual(8, hub._room)
+        self.assertEqual(8, hub.room)
         who = 'pid %d, uid %d' % (os.getpid(), os.geteuid())
         self.assertLogged(
             'WARNING MainThread Notifications on %s: subscriber lags by more '
@@ -1794,7 +1899,7 @@ class QueueTest(HubCase):
         fast.sock.close()
         for number in range(2001, 2500):
             self.emit(hub, [number], size=1000)
-            hub._turn(0)
+            hub.turn()
         self.pump(hub, slow, 2500)
         self.assertLogged('lags by', 2)
         self.assertLogged('it lost %d notif' % (
@@ -1837,7 +1942,7 @@ class HandOverTest(HubCase):
         """A hub, whose loop would send nothing, and its only subscriber."""
         hub = self.make_hub()
         client = self.connect(hub)
-        hub.hands_over = True
+        hub.hand_over(True)
         return hub, client
 
     def test_line_is_sent_when_notify_returns(self):
@@ -1854,18 +1959,18 @@ class HandOverTest(HubCase):
         before = len(client.read())
         self.emit(hub, range(before, before + 1))
         self.assertEqual((before, queued), (
-            len(client.read()), len(hub._queue)))
-        hub._turn(0)
+            len(client.read()), hub.queued))
+        hub.turn()
         self.assertEqual(before + 1, account(client.read()))
 
     def test_burst_is_left_to_the_loop_until_time_has_passed(self):
         hub, client = self.make_ready()
         with fixtures.MonkeyPatch('time.monotonic', lambda: 1000):
-            hub._checked = 1000
+            hub.checked_at = 1000
             self.emit(hub, range(40))
             self.assertEqual(33, account(client.read()))
             self.assertQueued(hub, 7)
-            hub._turn(0)
+            hub.turn()
             self.assertLeft(hub, client)
         with fixtures.MonkeyPatch('time.monotonic', lambda: 1000.0006):
             self.emit(hub, range(41, 42))
@@ -1882,7 +1987,7 @@ class HandOverTest(HubCase):
     def test_what_came_before_goes_before(self):
         hub, client = self.make_ready()
         self.emit(hub, range(1), size=2 ** 20)  # too long, and the kernel
-        hub._turn(0)                            # does not take it at once
+        hub.turn()                              # does not take it at once
         self.emit(hub, range(1, 3))
         self.assertQueued(hub, 2)
         self.pump(hub, client, 3)
@@ -1892,7 +1997,7 @@ class HandOverTest(HubCase):
     def test_path_that_was_lost_is_the_loops_to_mend(self):
         hub, client = self.make_ready()
         os.unlink(self.path)
-        hub._checked -= 60
+        hub.overdue()
         self.assertLeft(hub, client)
         self.assertServed(hub, client, self.connect(hub))
 
@@ -1902,13 +2007,13 @@ class HandOverTest(HubCase):
         client.sock.close()
         self.emit(hub, range(1))
         self.assertQueued(hub, 1)
-        hub._turn(0)
+        hub.turn()
         self.assertLogged('subscriber parted')
 
     def test_rest_of_a_line_is_sent_before_the_next(self):
         hub, client = self.make_ready()
         for number in range(0, 60, 2):
-            hub._asleep, hub._credit = True, 0
+            hub.asleep, hub.credit = True, 0
             size = number * 2 + 1
             with mock.patch.object(
                     unix_notifier._libc, 'send',
@@ -1916,30 +2021,28 @@ class HandOverTest(HubCase):
                 self.emit(hub, range(number, number + 2))
             self.assertEqual(number, len(client.read()))
             self.assertEqual(number // 2 + 1, hub.starts)   # it was woken
-            hub._turn(0)
+            hub.turn()
             self.assertEqual(number + 2, account(client.read()))
 
     def test_rest_of_a_line_wakes_the_loop_whatever_is_raised(self):
-        class Free(collections.deque):
-            def append(self, token):
-                super().append(token)
-                if hub._rest:
-                    raise KeyboardInterrupt     # of a signal's handler
-
         hub, client = self.make_ready()
-        hub._token.free = Free([True])
-        hub._asleep = True
+
+        def interrupt():
+            if hub.rest:
+                raise KeyboardInterrupt     # of a signal's handler
+
+        hub.on_handed_over(interrupt)
+        hub.asleep = True
         with mock.patch.object(unix_notifier._libc, 'send',
                                lambda fd, data, *_: os.write(fd, data[:9])):
             self.assertRaises(KeyboardInterrupt, self.emit, hub, range(1))
         self.assertEqual(1, hub.starts)
-        hub._token.free = collections.deque([True])
-        hub._turn(0)
+        hub.turn()
         self.assertEqual(1, account(client.read()))
 
     def test_exit_in_a_signal_handler_amid_it(self):
         hub, client = self.make_ready()
-        hub._none_waits = lambda: hub.finish()
+        hub.on_hand_over(hub.finish)
         self.emit(hub, range(1))
         self.assertEqual([], client.read())
         self.assertTrue(client.ended)
@@ -1966,6 +2069,7 @@ class HandOverTest(HubCase):
 
     def test_signal_handlers_that_raise_neither_lose_nor_double(self):
         """What notify() took was sent, or is counted, once."""
+        self.patch_drivers()
         driver = unix_notifier.UnixDriver(self.make_conf())
         self.addCleanup(unix_notifier._hubs.clear)
         self.addCleanup(driver._hub.close)
@@ -1987,7 +2091,7 @@ class HandOverTest(HubCase):
                 signal.setitimer(signal.ITIMER_REAL, 0)
             except ZeroDivisionError:
                 pass    # before notify() began, or once it had returned
-        wait_until(lambda: driver._hub._asleep)     # it has looked at the gap
+        wait_until(lambda: driver._hub.asleep)  # it has looked at the gap
         driver.notify({}, numbered(number + 1), 'INFO', None)
         numbers = []
         while number + 1 not in numbers:
@@ -2004,51 +2108,37 @@ class WakeTest(HubCase):
 
     """Hub: the loop sleeps, and no line is left lying meanwhile."""
 
-    def make_woken_hub(self, hub_class=SteppedHub):
-        hub = hub_class(self.make_settings())
+    def make_woken_hub(self):
+        hub = SteppedHub(self.make_settings())
         self.addCleanup(hub.finish)
-        hub._waker = unix_notifier._Event()
-        hub._turn(0)
+        hub.waker = unix_notifier._Event()
+        hub.turn()
         return hub, self.connect(hub)
 
     def assertPromptTurn(self, hub, client):
         before = time.monotonic()
-        hub._turn(WAIT)
+        hub.turn(WAIT)
         self.assertLess(time.monotonic() - before, PROMPT)
         self.assertEqual(1, account(client.read()))
 
     def test_line_between_flag_and_sleep_wakes(self):
         hub, client = self.make_woken_hub()
-        select_now = hub._selector.select
-
-        def spy(timeout):
-            if timeout:
-                self.emit(hub, range(1))
-            return select_now(timeout)
-
-        hub._selector.select = spy
+        hub.on_select(
+            lambda timeout: self.emit(hub, range(1)) if timeout else None)
         self.assertPromptTurn(hub, client)
 
     def test_line_before_the_flag_is_up_is_seen(self):
-        class Hub(SteppedHub):
-            before = ()
-
-            def __setattr__(self, name, value):
-                if name == '_asleep' and value and self.before:
-                    self.before.pop()()
-                super().__setattr__(name, value)
-
-        hub, client = self.make_woken_hub(Hub)
-        hub.before = [lambda: self.emit(hub, range(1))]
+        hub, client = self.make_woken_hub()
+        hub.on_asleep(lambda: self.emit(hub, range(1)))
         self.assertPromptTurn(hub, client)
 
     def test_loop_is_woken_once_and_only_if_it_sleeps(self):
         hub, _ = self.make_woken_hub()
         self.emit(hub, range(5))
-        self.assertEqual([], select.select([hub._waker], [], [], 0)[0])
-        hub._asleep = True
+        self.assertEqual([], select.select([hub.waker], [], [], 0)[0])
+        hub.asleep = True
         self.emit(hub, range(5))
-        self.assertEqual(1, os.eventfd_read(hub._waker.fileno()))
+        self.assertEqual(1, os.eventfd_read(hub.waker.fileno()))
 
     def test_rest_is_sent_without_a_wait(self):
         self.patch('_CHUNK_MAX', 500)
@@ -2057,16 +2147,16 @@ class WakeTest(HubCase):
         self.emit(hub, range(50))
         before = time.monotonic()
         while account(client.read()) < 50:
-            hub._turn(WAIT)
+            hub.turn(WAIT)
         self.assertLess(time.monotonic() - before, PROMPT)
 
     def test_idle_loop_waits_for_ever(self):
         hub, timeouts = self.make_hub(), []
         self.connect(hub)
-        hub._turn(0)
-        hub._selector.select = lambda timeout: timeouts.append(timeout) or []
-        hub._turn()
-        del hub._selector.select
+        hub.turn()
+        end = hub.on_select(lambda timeout: timeouts.append(timeout) or [])
+        hub.turn(None)
+        end()
         self.assertIsNone(timeouts[0])
 
     def test_no_wake_up_is_missed(self):
@@ -2078,11 +2168,11 @@ class WakeTest(HubCase):
             self.assertEqual(number + 1, account(client.wait(number + 1)))
 
     def test_thread_that_could_not_start_is_tried_again(self):
-        hub = unix_notifier._Hub(self.make_settings())
+        hub = SteppedHub(self.make_settings(), stepped=False)
         self.addCleanup(hub.close)
         with fixtures.MonkeyPatch('threading.Thread.start', none_left):
             self.emit(hub, range(1))
-        wait_until(lambda: self.emit(hub, range(1)) or hub._bound)
+        wait_until(lambda: self.emit(hub, range(1)) or hub.served)
 
     def test_loop_whose_start_was_interrupted_is_known(self):
         start = threading.Thread.start
@@ -2091,16 +2181,16 @@ class WakeTest(HubCase):
             start(thread)
             raise KeyboardInterrupt
 
-        hub = unix_notifier._Hub(self.make_settings())
+        hub = SteppedHub(self.make_settings(), stepped=False)
         with fixtures.MonkeyPatch('threading.Thread.start', interrupted):
             self.assertRaises(KeyboardInterrupt, hub.start)
         self.await_service()
         hub.close()
-        self.assertFalse(hub._thread.is_alive())
+        self.assertFalse(hub.thread.is_alive())
         self.assertFalse(os.path.exists(self.path))
 
     def test_close_before_the_loop_has_started(self):
-        hub = unix_notifier._Hub(self.make_settings())
+        hub = SteppedHub(self.make_settings(), stepped=False)
         with fixtures.MonkeyPatch('threading.Thread.start', lambda _: None):
             hub.start()
         hub.close()
@@ -2108,15 +2198,14 @@ class WakeTest(HubCase):
     def test_surprise_in_the_loop_is_logged_and_survived(self):
         self.patch('_Backoff.MAX', 0.01)
         hub, client = self.start_hub()
-        hub._hand_over = lambda line: False
+        hub.hand_over(False)
         failures = [ZeroDivisionError()] * 3
 
-        def flush():
+        def fail():
             if failures:
                 raise failures.pop()
-            unix_notifier._Hub._flush(hub)
 
-        hub._flush = flush
+        hub.on_flush(fail)
         self.emit(hub, range(1))
         self.assertEqual(1, account(client.wait(1)))
         self.assertLogged('Traceback')
@@ -2131,9 +2220,9 @@ class AcceptTest(HubCase):
         hub = self.make_hub(sock_mode='0606')
         client = self.connect(hub)
         self.emit(hub, range(3))
-        hub._turn(0)
+        hub.turn()
         client.sock.close()
-        hub._turn(0)
+        hub.turn()
         who = 'pid %d, uid %d' % (os.getpid(), os.geteuid())
         for text in ('served with mode 0606, group unchanged, by pid %d'
                      % os.getpid(), 'subscriber connected: ' + who,
@@ -2145,15 +2234,15 @@ class AcceptTest(HubCase):
     def test_who_comes_and_goes_within_a_second_shares_a_line(self):
         hub = self.make_hub()
         self.connect(hub)
-        self.assertIsNone(hub._timeout(None))   # there is nothing to tell
+        self.assertIsNone(hub.timeout)  # there is nothing to tell
         self.connect(hub).sock.close()
-        hub._turn(0)
+        hub.turn()
         self.assertLogged('subscriber ', 1)
-        self.assertLess(hub._timeout(None), 1)
+        self.assertLess(hub.timeout, 1)
         # Not more than needed to tell it, though nothing else happens.
-        hub._visits.at -= 1
-        hub._turn()
-        self.assertIsNone(hub._timeout(None))
+        hub.tell_visits_at -= 1
+        hub.turn(None)
+        self.assertIsNone(hub.timeout)
         for event in 'connected', 'parted':
             self.assertLogged('subscriber %s: pid %d, uid %d' % (
                 event, os.getpid(), os.geteuid()), 1 + (event[0] == 'c'))
@@ -2162,7 +2251,7 @@ class AcceptTest(HubCase):
     def test_crowd_is_counted_and_told_at_the_end(self):
         hub = self.make_hub()
         clients = [self.connect() for _ in range(100)]
-        hub._turn(0)
+        hub.turn()
         for each in clients:
             each.sock.close()
         hub.finish()
@@ -2184,23 +2273,23 @@ class AcceptTest(HubCase):
                     sock.setblocking(False)
                     if sock.connect_ex(self.path):
                         break
-            hub._turn(0)
+            hub.turn()
             return number
 
         # The first were told of at once, so they do not count.
         self.assertEqual([129, 129, 129, 9], [waiting() for _ in range(4)])
         for expected in 9, 129:
-            hub._visits.at = 0
-            hub._turn(0)
+            hub.tell_visits_at = 0
+            hub.turn()
             self.assertEqual(expected, waiting())
 
     def test_one_too_many_is_refused_with_a_reason(self):
         hub = self.make_hub(sock_max_subscribers=2)
         first, second, third = [self.connect() for _ in range(3)]
-        hub._turn(0)
+        hub.turn()
         self.assertEqual('sock_max_subscribers is 2', third.refusal())
         first.sock.close()
-        hub._turn(0)
+        hub.turn()
         self.assertServed(hub, second, self.connect(hub))
 
     def test_users_share_the_places(self):
@@ -2209,7 +2298,7 @@ class AcceptTest(HubCase):
         self.patch('_peer', lambda sock: (12, next(uids)))
         ones = [self.connect(hub) for _ in range(5)]
         self.emit(hub, range(1), size=1 << 20)
-        hub._turn(0)
+        hub.turn()
         self.pump(hub, ones[4], 1)
         ones[4].messages.clear()
         # The newest, which had got all, and the one before, amid a line.
@@ -2231,14 +2320,14 @@ class AcceptTest(HubCase):
         ghost, half = self.connect(hub), self.connect(hub)
         for each in ghost, half:
             each.sock.shutdown(socket.SHUT_WR)
-        hub._turn(0)
+        hub.turn()
         ghost.sock.close()
-        self.assertFalse(hub._turn(0))      # nothing spins
+        self.assertFalse(hub.turn())    # nothing spins
         self.assertServed(hub, half, self.connect(hub))
         half.sock.close()
         self.emit(hub, range(1))            # finds out
-        hub._turn(0)
-        self.assertEqual(1, len(hub._subscribers))
+        hub.turn()
+        self.assertEqual(1, len(hub.subscribers))
 
     def test_who_has_gone_while_it_waited_takes_no_place(self):
         hub = self.make_hub(sock_max_subscribers=1)
@@ -2252,7 +2341,7 @@ class AcceptTest(HubCase):
         for _ in range(70):
             with contextlib.suppress(BrokenPipeError):
                 talker.sock.send(b'x' * 1024)
-            hub._turn(0)
+            hub.turn()
         self.assertServed(hub, quiet)
         self.assertEqual(([], True), (talker.read(), talker.ended))
         self.assertLogged('it sent more than 65536 bytes')
@@ -2263,7 +2352,7 @@ class AcceptTest(HubCase):
                 self.patch('_guarded', lambda: False)
             hub = self.make_hub()
             clients = [self.connect() for _ in range(3)]
-            hub._turn(0)
+            hub.turn()
             for client in clients:
                 client.sock.send(b'x')
             for client in *clients[1:], self.connect():
@@ -2275,10 +2364,10 @@ class AcceptTest(HubCase):
                     self.assertTrue(guarded)
                 os.close(writing)
                 # At last, whatever closes it.
-                wait_until(lambda: hub._turn(0) or True and select.select(
+                wait_until(lambda: hub.turn() or True and select.select(
                     [reading], [], [], 0.01)[0])
             self.assertServed(hub, clients[0])
-            self.assertEqual(1 + 3 * guarded, len(hub._subscribers))
+            self.assertEqual(1 + 3 * guarded, len(hub.subscribers))
             hub.finish()
 
     def test_what_comes_out_of_band_does_not_spin(self):
@@ -2288,9 +2377,9 @@ class AcceptTest(HubCase):
             client = self.connect(hub)
             for data in b'a', b'bc':
                 client.sock.send(data, socket.MSG_OOB)
-                hub._turn(0)
-                hub._turn(0)
-                self.assertFalse(hub._turn(0))
+                hub.turn()
+                hub.turn()
+                self.assertFalse(hub.turn())
             self.assertServed(hub, client)
             hub.finish()
 
@@ -2298,15 +2387,14 @@ class AcceptTest(HubCase):
         hub = self.make_hub()
         gone, other = self.connect(hub), self.connect(hub)
         self.emit(hub, range(1), size=1 << 20)
-        hub._turn(0)
+        hub.turn()
         gone.sock.recv(100)
         gone.sock.close()
         self.pump(hub, other, 1)
-        subscriber, = hub._subscribers
+        subscriber, = hub.subscribers
         self.assertLogged('WARNING', 0)
         # An event that was there before it parted is too late.
-        hub._part(subscriber, 'a test')
-        hub._on_subscriber(subscriber, selectors.EVENT_READ)
+        hub.late_event(subscriber)
 
     def test_failed_connection_is_passed_over(self):
         hub = self.make_hub()
@@ -2321,7 +2409,7 @@ class AcceptTest(HubCase):
         with no_descriptors():
             for number in range(3):
                 self.emit(hub, [number])
-                hub._turn(0)
+                hub.turn()
         for each in refused:
             self.assertEqual('the service is out of file descriptors',
                              each.refusal())
@@ -2332,12 +2420,12 @@ class AcceptTest(HubCase):
         others = [self.connect(hub) for _ in range(2)]
         self.connect()
         with no_descriptors():
-            hub._turn(0)
+            hub.turn()
         self.assertLogged('accepted again', 0)
         self.assertLogged(' are refused since ')
         self.assertServed(hub, served, *others, self.connect(hub))
-        hub._visits.at = 0
-        hub._turn(0)
+        hub.tell_visits_at = 0
+        hub.turn()
         self.assertLogged('subscribers are accepted again')
         self.assertEqual(3, account(served.messages[:3]))
 
@@ -2345,9 +2433,9 @@ class AcceptTest(HubCase):
         hub = self.make_hub()
         self.connect()
         with no_descriptors():
-            hub._reserve.close()
+            hub.reserve.close()
             self.addCleanup(os.close, os.dup(0))    # another is faster
-            hub._reserve = None
+            hub.reserve = None
             self.assertEqual([5, 15, 35, 75], self.said(
                 hub, 'subscribers are refused since 20', 100, 5))
 
@@ -2356,22 +2444,22 @@ class AcceptTest(HubCase):
             hub = self.make_hub()
             listener = self.script(hub, errno.EMFILE, errno.EMFILE)
             if reserve is None:     # there was none to begin with
-                hub._reserve = None
+                hub.reserve = None
                 listener.script.pop()
             client = self.connect(hub)
             accepts = listener.accepts
-            hub._pause.at += WAIT
+            hub.paused_until += WAIT
             for _ in range(5):
-                self.assertFalse(hub._turn(0))  # neither spins nor accepts
+                self.assertFalse(hub.turn())    # neither spins nor accepts
             self.assertEqual(accepts, listener.accepts)
-            hub._pause.at = time.monotonic()
-            hub._turn(0)
+            hub.paused_until = time.monotonic()
+            hub.turn()
             # It missed what came meanwhile.
             self.assertIn('descriptors', client.refusal())
             client = self.connect()
-            self.assertTrue(hub._turn(0))       # the listener is watched
+            self.assertTrue(hub.turn())     # the listener is watched
             self.assertServed(hub, client)
-            self.assertIsNone(hub._pause.at)
+            self.assertIsNone(hub.paused_until)
             hub.finish()
 
     def test_all_whom_the_kernel_holds_are_met_though_one_try_fails(self):
@@ -2380,7 +2468,7 @@ class AcceptTest(HubCase):
                    for _ in range(unix_notifier._BACKLOG + 1)]
         self.script(hub, errno.EMFILE)
         self.emit(hub, range(1))
-        hub._turn(0)
+        hub.turn()
         # None is left to hear of what comes later alone.
         for each in clients:
             self.assertIn('descriptors', each.refusal())
@@ -2390,22 +2478,22 @@ class AcceptTest(HubCase):
         hub = self.make_hub()
         self.script(hub, None, errno.EMFILE, errno.EMFILE)
         client = self.connect(hub)
-        hub._pause.at = time.monotonic()
-        hub._turn(0)
-        self.assertIsNone(hub._pause.at)    # else the loop would spin
+        hub.paused_until = time.monotonic()
+        hub.turn()
+        self.assertIsNone(hub.paused_until)     # else the loop would spin
         self.assertServed(hub, client, self.connect(hub))
 
     def test_path_taken_while_accepting_pauses_ends_the_pause(self):
         hub = self.make_hub()
         self.script(hub, errno.EMFILE, errno.EMFILE)
         self.connect(hub)
-        self.assertIsNotNone(hub._pause.at)
+        self.assertIsNotNone(hub.paused_until)
         for suffix in '', '.lock':
             os.unlink(self.path + suffix)
         self.make_hub()
         hub.look_again()
-        self.assertIsNone(hub._bound)
-        self.assertIsNone(hub._pause.at)    # else the loop would spin
+        self.assertFalse(hub.served)
+        self.assertIsNone(hub.paused_until)     # else the loop would spin
 
     def test_path_lost_while_accepting_pauses_comes_back(self):
         hub = self.make_hub()
@@ -2414,7 +2502,7 @@ class AcceptTest(HubCase):
         os.unlink(self.path)
         hub.look_again(2)
         client = self.connect(hub)
-        hub._pause.at = hub._pause.at and time.monotonic()
+        hub.paused_until = hub.paused_until and time.monotonic()
         self.assertServed(hub, client)
 
 
@@ -2426,15 +2514,15 @@ class PathTest(HubCase):
     def trouble(self, hub, *texts):
         """It is told once, and once when it is over; notify() just drops."""
         hub.look_again(5)
-        if hub._bound is None:
+        if not hub.served:
             self.emit(hub, range(3))
             self.assertQueued(hub, 0)
         self.assertNames(self.log.output, *texts)
-        self.assertLessEqual(hub._retry.at, time.monotonic() + 1)
+        self.assertLessEqual(hub.retry_at, time.monotonic() + 1)
         self.assertLogged('all is well again', 0)
         yield
         hub.look_again(3)
-        self.assertIsNone(hub._retry.at)
+        self.assertIsNone(hub.retry_at)
         self.assertLogged('; trying again')
         self.assertLogged('all is well again')
         self.assertServed(hub, self.connect(hub))
@@ -2446,7 +2534,7 @@ class PathTest(HubCase):
             [10, 30, 70, 150, 310, 630, 1270, 2550, 5110, 8710],
             self.said(hub, '; trying again since 20', 10000, 5))
         os.mkdir(self.dir)
-        hub._checked = 0
+        hub.checked_at = 0
         hub.look_again()
         self.assertIn('all is well again: served with mode 0660, group '
                       'unchanged, by pid %d; tried 2001 times since 20'
@@ -2477,12 +2565,12 @@ class PathTest(HubCase):
 
     def test_loop_heals_without_being_asked(self):
         os.rmdir(self.dir)
-        hub = unix_notifier._Hub(self.make_settings())
+        hub = SteppedHub(self.make_settings(), stepped=False)
         self.addCleanup(hub.close)
         hub.start()
-        wait_until(lambda: hub._retry.at)
+        wait_until(lambda: hub.retry_at)
         os.mkdir(self.dir)
-        wait_until(lambda: hub._bound)
+        wait_until(lambda: hub.served)
 
     def test_file_in_the_way_is_kept(self):
         touch(self.path)
@@ -2494,7 +2582,7 @@ class PathTest(HubCase):
         sock = listen(self.path)
         hub = self.make_hub(False)
         with self.trouble(hub, self.path, 'another program'):
-            self.assertFalse(hub._lock.intact())    # others may have it
+            self.assertFalse(hub.holds_lock)    # others may have it
             self.connect()
             sock.close()
 
@@ -2586,7 +2674,7 @@ class PathTest(HubCase):
             self.emit(hub, range(1))
             self.assertEqual(starts, hub.starts)
             hub.overdue()
-        hub._turn(0)
+        hub.turn()
         self.emit(hub, range(1))
         self.assertEqual(2, hub.starts)
         self.assertQueued(hub, 0)
@@ -2597,9 +2685,9 @@ class PathTest(HubCase):
         other = self.make_hub(False)    # is quicker, but spares our socket
         hub.look_again(2)
         other.look_again(2)
-        self.assertIsNone(other._bound)
-        self.assertTrue(hub._lock.intact())
-        self.assertEqual(hub._bound.identity, hub._lock.read()[self.path])
+        self.assertFalse(other.served)
+        self.assertTrue(hub.holds_lock)
+        self.assertEqual(hub.identity, hub.lock.read()[self.path])
         self.assertLogged('served with')
 
     def test_who_lost_the_lock_alone_keeps_serving(self):
@@ -2622,13 +2710,13 @@ class PathTest(HubCase):
         other = self.make_hub()
         hub.look_again(2)
         self.assertEqual(([], True), (client.read(), client.ended))
-        self.assertEqual((None, False), (hub._bound, hub._gate.open))
+        self.assertFalse(hub.served or hub.gate_open)
         self.assertLogged('another process took the path')
         self.assertServed(other, self.connect(other))
 
     def test_dead_processs_path_is_taken_over(self):
         def serve_and_die():
-            SteppedHub(self.make_settings())._turn(0)
+            SteppedHub(self.make_settings()).turn()
 
         self.assertEqual('', in_child(serve_and_die))
         self.assertTrue(os.path.exists(self.path))
@@ -2647,7 +2735,7 @@ class EndTest(HubCase):
 
     def test_close_sends_what_is_queued_and_leaves_the_lock(self):
         hub, client = self.start_hub()
-        held = next(iter(hub._subscribers)).sock.dup()  # as by a child
+        held = hub.subscribers[0].sock.dup()    # as by a child
         self.addCleanup(held.close)
         files = open_files()
         self.emit(hub, range(100))
@@ -2684,18 +2772,12 @@ class EndTest(HubCase):
 
     def test_close_waits_for_one_that_reads_slowly(self):
         hub = self.make_hub()
-        client, turn = self.connect(hub), hub._turn
+        client = self.connect(hub)
         self.emit(hub, range(1), size=300 << 10)
-
-        def read_a_little(limit):
-            # The kernel takes more only once most of what it has was read.
-            client.receive(50000)
-            return turn(limit)
-
-        hub._turn(0)
-        hub._turn = read_a_little
+        hub.turn()
+        # The kernel takes more only once most of what it has was read.
+        hub.on_turn(before=lambda: client.receive(50000))
         hub.finish()
-        del hub._turn
         self.assertEqual(1, account(client.read()))
 
     def test_close_ends_though_there_is_progress(self):
@@ -2730,12 +2812,12 @@ class EndTest(HubCase):
         self.patch('_EXIT_TIME', 0.1)
         hub, _ = self.start_hub()
         stuck, go = threading.Event(), threading.Event()
-        hub._look_after_path = lambda: stuck.set() or go.wait(WAIT)
-        hub._waker.set()
+        hub.on_look_after_path(lambda: stuck.set() or go.wait(WAIT))
+        hub.waker.set()
         self.assertTrue(stuck.wait(WAIT))
         self.assertLess(self.close(hub), PROMPT)
         go.set()
-        hub._thread.join(WAIT)
+        hub.thread.join(WAIT)
 
     def test_close_spares_a_successors_socket(self):
         hub = self.make_hub()
@@ -2758,7 +2840,7 @@ class EndTest(HubCase):
         before = open_files()
         self.useFixture(fixtures.MonkeyPatch(
             'threading.Thread.start', none_left))
-        hub = unix_notifier._Hub(self.make_settings())
+        hub = SteppedHub(self.make_settings(), stepped=False)
         self.emit(hub, range(1))    # before it is known
         hub.start()
         self.emit(hub, range(3))    # nobody can be there
@@ -2785,14 +2867,14 @@ class EndTest(HubCase):
         self.assertEqual('', in_child(child))
         self.pump(hub, client, 70)
         self.assertServed(hub, client)
-        self.assertTrue(hub._bound.intact() and hub._lock.intact())
+        self.assertTrue(hub.owns_path and hub.holds_lock)
         self.connect(hub).sock.close()
-        self.assertTrue(hub._turn(0))       # the selector still tells
+        self.assertTrue(hub.turn())     # the selector still tells
 
     def test_child_without_a_hook_closes_no_number_that_was_given_anew(self):
         hub = self.make_hub()
         self.connect(hub)
-        ours = [each.fileno() for each in hub._files]
+        ours = hub.descriptors
         self.assertGreater(len(ours), 3)
 
         def child(reuse):
@@ -2804,7 +2886,7 @@ class EndTest(HubCase):
                     os.close(number)
                 else:
                     self.assertRaises(OSError, os.close, number)
-            os.close(hub._selector.fileno())    # it may be anybody's
+            os.close(hub.selector_fileno)       # it may be anybody's
 
         for reuse in (False, True):
             self.assertEqual('', in_child(functools.partial(child, reuse),
@@ -2819,6 +2901,7 @@ class DriverTest(TestCase):
         super().setUp()
         self.patch('_hubs', {})
         self.addCleanup(unix_notifier._at_exit)
+        self.patch_drivers()
         self.conf = self.useFixture(config_fixture.Config(cfg.CONF)).conf
 
     def hubs(self):
@@ -3038,7 +3121,7 @@ class DriverTest(TestCase):
         self.patch('_encode', no_memory)
         self.notify(driver)
         self.assertEqual(1, account(client.wait(1)))
-        wait_until(lambda: driver._hub._asleep)
+        wait_until(lambda: driver._hub.asleep)
         self.notify(driver, 'huge')
         self.assertEqual(2, account(client.wait(2)))
         self.notify(driver, {'n': 2})
@@ -3072,7 +3155,7 @@ class DriverTest(TestCase):
         for taken in self.at_every_depth(lambda: functools.partial(
                 driver.notify, {}, numbered(emitted), 'INFO', None)):
             emitted, refused = emitted + taken, refused + (not taken)
-            wait_until(lambda: driver._hub._asleep)
+            wait_until(lambda: driver._hub.asleep)
         # There was no room for notify(), nor for who traces it.
         self.assertIn(refused, (1, 1 + bool(sys.gettrace())))
         self.notify(driver, {'n': emitted})
@@ -3185,7 +3268,29 @@ class ReleaseNoteTest(TestCase):
 # ---------------------------------------------------------------------------
 
 class SteppedRelayHub(SteppedHub, unix_notifier._RelayHub):
-    """A hub of a process that shares its path, stepped by the test."""
+    """A hub of a process that shares its path, in the words of the tests."""
+
+    half_sent = inside('_uplink.offset')    # bytes of a line
+    follows = property(
+        lambda self: getattr(self._uplink, 'greeted', False))
+    leads = property(lambda self: self._uplink is None)
+    looks_at = property(lambda self: tuple(each.fileno() for each in (
+        self._passed.sock, self._presence, self._uplink.sock)))
+    relay_watched = property(
+        lambda self: self._relay.sock in self._selector.get_map())
+    before_disconnect = functools.partialmethod(
+        SteppedHub._hook, '_uplink.disconnect')
+    before_hello_is_parsed = functools.partialmethod(SteppedHub._hook, '_own')
+
+    def die(self):
+        """As a process that is killed: its descriptors close, no more."""
+        self._closing = True
+        for follower in self._followers:
+            follower.sock.close()
+        self._close_files()
+
+    def uplink_ends(self):
+        self._part(self._uplink, 'a test')
 
 
 class RelayCase(HubCase):
@@ -3197,10 +3302,9 @@ class RelayCase(HubCase):
         settings = self.make_settings(**options)
         leader, follower = (self.make_newcomer(settings) for _ in range(2))
         self.step(leader, follower)
-        wait_until(lambda: self.step(leader, follower)
-                   or follower._uplink.greeted)
+        wait_until(lambda: self.step(leader, follower) or follower.follows)
         self.step(leader, follower)
-        self.assertFalse(leader._gate.open or follower._gate.open)
+        self.assertFalse(leader.gate_open or follower.gate_open)
         return leader, follower
 
     def make_newcomer(self, settings):
@@ -3210,7 +3314,7 @@ class RelayCase(HubCase):
 
     def step(self, *hubs):
         for hub in hubs:
-            hub._turn(0)
+            hub.turn()
 
 
 class RelayStartTest(RelayCase):
@@ -3235,7 +3339,7 @@ class RelayStartTest(RelayCase):
         # is all that a follower can see of it.
         leader, follower = self.make_pair()
         found = []
-        self.script(leader, lambda: (found.append(bool(follower._gate.look())),
+        self.script(leader, lambda: (found.append(follower.anyone_seen),
                                      self.emit(follower, range(1))))
         client = self.connect()
         self.step(leader, follower, leader)
@@ -3245,16 +3349,13 @@ class RelayStartTest(RelayCase):
     def test_presence_that_rises_after_the_look_is_no_miss(self):
         """The follower looks, finds nothing; only then somebody comes."""
         leader, follower = self.make_pair()
-        gate, look, clients = follower._gate, follower._gate.look, []
+        clients = []
 
-        def look_and_pause():
-            gate.look = look
-            found = look()
+        def somebody_comes():
             clients.append(self.connect())
             self.step(leader)           # accepted, the presence is up
-            return found
 
-        gate.look = look_and_pause
+        follower.on_look(somebody_comes)
         # It began before connect() did, so it may be dropped; the next not.
         self.emit(follower, [7])
         self.emit(follower, range(1))
@@ -3265,10 +3366,10 @@ class RelayStartTest(RelayCase):
         leader, follower = self.make_pair()
         client = self.connect()
         self.step(leader)
-        self.assertTrue(follower._gate.look())
+        self.assertTrue(follower.anyone_seen)
         client.sock.close()
         self.step(leader)
-        self.assertFalse(follower._gate.look())
+        self.assertFalse(follower.anyone_seen)
 
     def test_hello_that_waits_is_a_reason_to_go_on(self):
         """The leader has a new listener, which the follower cannot see."""
@@ -3282,42 +3383,41 @@ class RelayStartTest(RelayCase):
 
     def test_what_a_follower_hands_over_is_with_the_leader(self):
         leader, follower = self.make_pair()
-        follower.hands_over = True
+        follower.hand_over(True)
         client = self.connect()     # not accepted yet
         self.emit(follower, range(20))
         self.assertQueued(follower, 0)
-        follower._closing = True
-        follower._close_files()     # it has gone
+        follower.die()
         self.pump(leader, client, 20)
 
     def test_line_as_a_start_has_failed_leaves_the_flag_up(self):
         self.addCleanup(listen(self.path).close)    # somebody may be there
-        hub = unix_notifier._RelayHub(self.make_settings())
+        hub = SteppedRelayHub(self.make_settings(), stepped=False)
         self.addCleanup(hub.close)
-        starting = hub._starting
-        hub._starting = types.SimpleNamespace(
+        starting = hub.starting
+        hub.starting = types.SimpleNamespace(
             acquire=starting.acquire,
             release=lambda: self.emit(hub, range(1)) or starting.release())
         with fixtures.MonkeyPatch('threading.Thread.start', none_left):
             self.emit(hub, range(1))
-        hub._starting = starting
-        wait_until(lambda: self.emit(hub, range(1)) or hub._thread)
+        hub.starting = starting
+        wait_until(lambda: self.emit(hub, range(1)) or hub.thread)
 
     def test_where_a_loop_would_starve_notify_does_its_work(self):
         leader = self.make_newcomer(self.make_settings())
         self.step(leader)
         client = self.connect(leader)
         self.patch('_starves', lambda: True)
-        hub = unix_notifier._RelayHub(leader.settings)
+        hub = SteppedRelayHub(leader.settings, stepped=False)
         self.addCleanup(hub.close)
         for number in range(10):
             self.emit(hub, range(number, number + 1))
-            self.assertIsNone(hub._thread)
+            self.assertIsNone(hub.thread)
             self.step(leader)
             # The first has to wait for the leader's answer.
             self.assertEqual(number and number + 1, account(client.read()))
         self.emit(hub, range(10, 11), size=2 ** 20)     # the kernel takes it
-        wait_until(lambda: hub._wake()                  # by and by
+        wait_until(lambda: hub.wake()                   # by and by
                    or self.step(leader) or account(client.read()) == 11)
         # notify() never logs: another thread does.
         wait_until(lambda: 'relayed to' in self.log.output)
@@ -3328,7 +3428,7 @@ class RelayStartTest(RelayCase):
 
     def test_leader_that_has_gone_is_handed_nothing(self):
         leader, follower = self.make_pair()
-        follower.hands_over = True
+        follower.hand_over(True)
         client = self.connect(leader)
         leader.finish()
         self.emit(follower, range(2))   # which does not know yet
@@ -3338,7 +3438,7 @@ class RelayStartTest(RelayCase):
 
     def test_follower_hands_nothing_over_once_nobody_is_there(self):
         leader, follower = self.make_pair()
-        follower.hands_over = True
+        follower.hand_over(True)
         client = self.connect(leader)
         self.emit(follower, range(1))
         client.sock.close()
@@ -3346,7 +3446,7 @@ class RelayStartTest(RelayCase):
         with mock.patch.object(unix_notifier._libc, 'send', none_left):
             self.emit(follower, range(1))
         self.step(follower)
-        self.assertFalse(follower._gate.open)
+        self.assertFalse(follower.gate_open)
 
     def test_listener_presence_and_uplink_are_looked_at_in_this_order(self):
         # Presence first would miss who is accepted between the two.
@@ -3354,41 +3454,38 @@ class RelayStartTest(RelayCase):
         self.patch('_poll', lambda *filenos: (
             made.append(filenos) or poll(*filenos)))
         _, follower = self.make_pair()
-        self.assertEqual(
-            (follower._passed.sock.fileno(), follower._presence.fileno(),
-             follower._uplink.sock.fileno()), made[-1])
+        self.assertEqual(follower.looks_at, made[-1])
 
     def test_gate_is_open_while_a_hello_is_heard(self):
         leader, follower = self.make_pair()
         os.unlink(self.path)
         leader.look_again()
         # As it parses what it has taken from the uplink.
-        follower._own = self.spy(follower._own, follower)
+        follower.before_hello_is_parsed(self.spy(follower))
         self.step(follower)
 
     def test_gate_is_open_once_the_leader_has_gone(self):
         leader, follower = self.make_pair()
-        number, other = follower._uplink.sock.fileno(), os.eventfd(0)
+        number, other = follower.looks_at[2], os.eventfd(0)
         self.addCleanup(os.close, other)
         self.addCleanup(os.close, number)
         leader.finish()
         # A file with nothing to read gets the number of the uplink.
-        follower._uplink.disconnect = self.spy(
-            follower._uplink.disconnect, follower,
-            lambda: os.dup2(other, number))
-        follower._part(follower._uplink, 'a send failed')
+        follower.before_disconnect(self.spy(
+            follower, lambda: os.dup2(other, number)))
+        follower.uplink_ends()
 
     def test_connect_before_notify_is_the_start_whatever_runs_between(self):
         """Both loops in threads, which are switched as often as possible."""
         settings = self.make_settings()
-        leader = unix_notifier._RelayHub(settings)
+        leader = SteppedRelayHub(settings, stepped=False)
         self.addCleanup(leader.close)
         leader.start()
         self.await_service()
-        follower = unix_notifier._RelayHub(settings)
+        follower = SteppedRelayHub(settings, stepped=False)
         self.addCleanup(follower.close)
         follower.start()
-        wait_until(lambda: follower._uplink.greeted)
+        wait_until(lambda: follower.follows)
         self.switch_threads_often()
         for number in range(500):
             sys.setswitchinterval((1e-6, 1e-5, 1e-4, 5e-3)[number % 4])
@@ -3455,28 +3552,20 @@ class RelayPathTest(RelayCase):
 
     """Relay: who leads."""
 
-    def die(self, leader):
-        """As a process that is killed: its descriptors close, no more."""
-        leader._closing = True
-        for follower in leader._followers:
-            follower.sock.close()
-        leader._close_files()
-
     def leave(self, leader):
         """As at its end, amid whatever: it owes nobody anything."""
-        leader._lock.vacate()
-        self.die(leader)
+        leader.vacate()
+        leader.die()
 
     def settle(self, *hubs):
         """Let them look after the path until one leads and the rest follow."""
         def settled():
             for hub in hubs:
                 hub.look_again()
-            return all(hub._uplink is None or hub._uplink.greeted
-                       for hub in hubs)
+            return all(hub.leads or hub.follows for hub in hubs)
 
         wait_until(settled)
-        leader, = (hub for hub in hubs if hub._uplink is None)
+        leader, = (hub for hub in hubs if hub.leads)
         return leader
 
     def test_follower_goes_on_with_the_listener_of_a_leader_that_left(self):
@@ -3492,9 +3581,9 @@ class RelayPathTest(RelayCase):
 
     def test_successor_leads_at_once_even_of_who_has_just_greeted(self):
         leader, follower = self.make_pair()
-        self.die(leader)
+        leader.die()
         self.step(follower)
-        self.assertIsNotNone(follower._bound)
+        self.assertTrue(follower.served)
 
     def test_who_waits_at_a_dead_leader_sees_the_end_of_the_stream(self):
         self.assertLetGo(lock_too=False)
@@ -3510,11 +3599,11 @@ class RelayPathTest(RelayCase):
         self.step(follower)
         if lock_too:
             os.unlink(self.path + '.lock')
-        self.die(leader)    # and with it what it was sent
+        leader.die()    # and with it what it was sent
         with mock.patch.object(unix_notifier, '_accept', autospec=True,
                                side_effect=OSError(errno.EMFILE, 'full')):
             follower.look_again()
-        self.assertIsNone(follower._bound)  # or the rest would go on
+        self.assertFalse(follower.served)   # or the rest would go on
         self.assertIs(follower, self.settle(follower))
         self.assertEqual([[]] * 3, [each.read() for each in clients])
         self.assertTrue(all(each.ended for each in clients))
@@ -3528,7 +3617,7 @@ class RelayPathTest(RelayCase):
         self.step(leader)
         self.emit(follower, range(1), size=2 ** 20)
         self.step(follower, leader)
-        self.assertLess(0, follower._uplink.offset)
+        self.assertLess(0, follower.half_sent)
         end(leader)
         after = self.connect()
         self.assertIs(follower, self.settle(follower))
@@ -3557,7 +3646,7 @@ class RelayPathTest(RelayCase):
         leader, follower = self.make_pair()
         client = self.connect()
         os.unlink(self.path)
-        self.die(leader)
+        leader.die()
         self.assertIs(follower, self.settle(follower))
         self.assertEqual([], client.read())
         self.assertTrue(client.ended)
@@ -3572,7 +3661,7 @@ class RelayPathTest(RelayCase):
         self.leave(leader)
         with trouble(follower):
             follower.look_again(3)
-            self.assertIsNone(follower._bound)
+            self.assertFalse(follower.served)
         self.assertIs(follower, self.settle(follower))
         self.pump(follower, client, 3)
 
@@ -3587,22 +3676,20 @@ class RelayPathTest(RelayCase):
 
     def test_who_waits_is_owed_all_though_the_disk_is_full(self):
         self.assertKeptThrough(lambda follower: mock.patch.object(
-            follower._lock, 'write', autospec=True,
+            follower.lock, 'write', autospec=True,
             side_effect=OSError(errno.ENOSPC, 'full')))
 
     def test_who_came_as_a_leader_left_is_owed_what_it_emitted_since(self):
         for emits in (False, True):
             leader, follower = self.make_pair()
-            late, turn = [], leader._turn
+            late = []
 
-            def last_turn(limit=None):
-                result = turn(limit)
+            def last_turn():
                 late.append(self.connect())     # it accepts no more
                 if emits:
                     self.emit(leader, range(1))     # another thread does
-                return result
 
-            leader._turn = last_turn
+            leader.on_turn(after=last_turn)
             leader.finish()
             self.assertIs(follower, self.settle(follower))
             self.step(follower)
@@ -3653,7 +3740,7 @@ class RelayPathTest(RelayCase):
         leader, follower = self.make_pair()
         os.unlink(self.path)
         follower.look_again()
-        leader._checked -= 60
+        leader.overdue()
         self.step(follower, leader)
         self.assertTrue(os.path.exists(self.path))
 
@@ -3664,7 +3751,7 @@ class RelayPathTest(RelayCase):
         for suffix in '', '.lock', '.relay':
             os.unlink(self.path + suffix)
         successor = self.make_newcomer(leader.settings)
-        successor._turn(0)
+        successor.turn()
         # On its way up as the leader resigns: told here, and lost there.
         self.emit(follower, range(2))
         self.step(follower)
@@ -3682,11 +3769,11 @@ class RelayPathTest(RelayCase):
         newcomer = self.make_newcomer(leader.settings)
         newcomer.look_again(8)
         # It does not disturb one that is about to leave.
-        self.assertFalse(select.select([leader._selector], [], [], 0)[0])
+        self.assertFalse(select.select([leader.selector_fileno], [], [], 0)[0])
         newcomer.look_again()
         # Which wakes the leader, idle as it is.
-        self.assertTrue(select.select([leader._selector], [], [], 0)[0])
-        leader._checked -= 60
+        self.assertTrue(select.select([leader.selector_fileno], [], [], 0)[0])
+        leader.overdue()
         self.step(leader)
         self.assertTrue(os.path.exists(self.path + '.relay'))
 
@@ -3724,8 +3811,8 @@ class RelayPathTest(RelayCase):
         newcomer.setblocking(False)
         with no_descriptors():
             leader.look_again(5)
-            self.assertIsNone(leader._selector.get_map().get(
-                leader._relay.sock))    # which is readable all the time
+            # It is readable all the time.
+            self.assertFalse(leader.relay_watched)
             self.assertRaises(BlockingIOError, newcomer.recv, 100)
         leader.look_again(5)
         self.assertTrue(newcomer.recv(100))
@@ -3735,11 +3822,11 @@ class RelayPathTest(RelayCase):
     def test_relay_that_could_not_be_recorded_is_bound_anew(self):
         leader, follower = self.make_pair()
         os.unlink(self.path + '.relay')
-        with mock.patch.object(leader._lock, 'write', autospec=True,
+        with mock.patch.object(leader.lock, 'write', autospec=True,
                                side_effect=OSError(errno.ENOSPC, 'full')):
             leader.look_again()
         leader.look_again()
-        follower._part(follower._uplink, 'the test has it connect again')
+        follower.uplink_ends()      # to have it connect again
         self.assertIs(leader, self.settle(leader, follower))
 
     @as_root
@@ -3843,7 +3930,7 @@ class RelayWordsTest(RelayCase):
                 with contextlib.suppress(ConnectionResetError):
                     while leader.recv(100):
                         pass
-            self.assertFalse(follower._uplink.greeted)
+            self.assertFalse(follower.follows)
             before = before or open_files()
             self.assertEqual(before, open_files())
         self.assertLogged('relay refused: the leader, pid %d' % os.getpid())
@@ -3853,7 +3940,7 @@ class RelayWordsTest(RelayCase):
             socket.send_fds(leader, [good], [relay.fileno(), event.fileno(),
                                              file.fileno()])
             self.step(follower)
-            self.assertTrue(follower._uplink.greeted)
+            self.assertTrue(follower.follows)
 
 
 # ---------------------------------------------------------------------------

@@ -105,12 +105,12 @@ class SoakTest(test_base.BaseTestCase):
 
     def test_silent_loss_with_the_leader_is_found(self):
         self._assert_found(
-            'unix_notifier._RelayHub._let_go = lambda *_: None\n'
+            'unix_notifier._Lock.vacated = lambda _: True\n'
             '            notify(*arguments)', 'reported lost',
             'rush kill_leader_awaited')
 
     def test_nonsense_is_found(self):
-        self._assert_found('arguments[0]._hub._queue.append(b"{\\n")',
+        self._assert_found('unix_notifier._encode = lambda *_: b"{\\n"',
                            'JSONDecodeError')
 
     def test_death_is_found(self):

@@ -221,7 +221,8 @@ class HandoverTest(base.RelayTestCase):
             poor.ask('exhaust')     # what the end of its uplink gave back
             poor.ask('emit', count=10)
         # With one left it connects, and cannot take what the leader passes.
-        self.parent.wait_log('; trying again')
+        self.assertRegex(self.parent.wait_log('; trying again'),
+                         'Too many open files|no answer from the leader')
         poor.ask('emit', count=100)
         poor.ask('release')
         self.assert_accounted(subscriber, 201)

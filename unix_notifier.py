@@ -1106,6 +1106,10 @@ class _Backoff:
         jitter = random.uniform(0.5, 1)  # nosec B311
         self.at = time.monotonic() + self.delay * jitter
 
+    def for_long(self):
+        """Whether it has for about a second, and is at its longest delay."""
+        return self.delay >= self.MAX
+
 
 def _now():
     return time.strftime('%Y-%m-%d %H:%M:%S')
@@ -2663,7 +2667,7 @@ class _RelayHub(_Hub):
         return [each for each in (self._bound, self._relay) if each]
 
     def _trouble(self, error):
-        if error.errno in _LED and self._retry.delay < _Backoff.MAX:
+        if error.errno in _LED and not self._retry.for_long():
             # It has just come, or is about to leave, or is stopped, or has
             # lost lock and relay, which it notices within a second. Keep all.
             self._retry.fail()
@@ -2677,7 +2681,8 @@ class _RelayHub(_Hub):
         code = getattr(error, 'errno', None)
         # For about a second in any case: a leader whose directory is away for
         # a moment keeps its subscribers.
-        if (code == errno.EAGAIN or 0 < self._retry.delay < _Backoff.MAX
+        if (code == errno.EAGAIN
+                or self._retry.delay and not self._retry.for_long()
                 or self._passed and self._passed.intact()):
             self._gate = _Gate(_keep_all, True)
             return
@@ -2738,8 +2743,7 @@ class _RelayHub(_Hub):
             sock.send(_HELLO + b'\n', socket.MSG_NOSIGNAL)
         except OSError as reason:
             sock.close()
-            if (reason.errno == errno.ENOENT
-                    and self._retry.delay >= _Backoff.MAX):
+            if reason.errno == errno.ENOENT and self._retry.for_long():
                 # A leader that has lost its relay does not notice while there
                 # is nothing to do. So knock; not sooner than it would look,
                 # nor at one that is about to leave.
@@ -2854,7 +2858,7 @@ class _RelayHub(_Hub):
         else:           # again, so it was not killed
             self._hasty.fail()
             self._retry.at = self._hasty.at
-            if self._hasty.delay == _Backoff.MAX:
+            if self._hasty.for_long():
                 self._log_stranger(subscriber.who, 'it hangs up each time')
 
     # Leading.

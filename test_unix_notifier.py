@@ -406,6 +406,10 @@ class SteppedHub(unix_notifier._Hub):
     on_look_after_path = functools.partialmethod(_hook, '_look_after_path')
     on_turn = functools.partialmethod(_hook, '_turn')
 
+    def on_intact(self, function):
+        """When it has looked at the path."""
+        return self._hook('_intact', after=function)
+
     def on_look(self, function):
         """After one, whatever it has found."""
         end = self._hook('_gate.look', after=lambda: end() or function())
@@ -466,6 +470,27 @@ class TestCase(base.BaseTestCase):
         """Set what the module finds under the name."""
         self.useFixture(fixtures.MonkeyPatch(
             unix_notifier.__name__ + '.' + name, value))
+
+    def assertKeepsGil(self, function):
+        """Other threads do not run meanwhile, which may take them 5 ms."""
+        turns, stopping = itertools.count(), threading.Event()
+        self.addCleanup(stopping.set)
+
+        def run():
+            while not stopping.is_set():
+                next(turns)
+
+        threading.Thread(target=run, daemon=True).start()
+        interval = sys.getswitchinterval()
+        self.addCleanup(sys.setswitchinterval, interval)
+        wait_until(lambda: next(turns) > 1)
+        sys.setswitchinterval(1)    # only who gives it up loses the GIL
+        before = next(turns)
+        for _ in range(5):
+            function()
+        after = next(turns)
+        sys.setswitchinterval(interval)
+        self.assertEqual(before + 1, after)
 
     def count_short_sends(self):
         """What is called for each send that keeps the GIL."""
@@ -1507,25 +1532,7 @@ class GateTest(TestCase):
         """Neither by a look nor by waking the loop: see _libc."""
         event = unix_notifier._Event()
         look = unix_notifier._poll(event.fileno())
-        turns, stopping = itertools.count(), threading.Event()
-        self.addCleanup(stopping.set)
-
-        def run():
-            while not stopping.is_set():
-                next(turns)
-
-        threading.Thread(target=run, daemon=True).start()
-        interval = sys.getswitchinterval()
-        self.addCleanup(sys.setswitchinterval, interval)
-        wait_until(lambda: next(turns) > 1)
-        sys.setswitchinterval(1)    # only who gives it up loses the GIL
-        before = next(turns)
-        for _ in range(5):
-            look()
-            event.set()
-        after = next(turns)
-        sys.setswitchinterval(interval)
-        self.assertEqual(before + 1, after)
+        self.assertKeepsGil(lambda: (look(), event.set()))
 
 
 class BackoffTest(TestCase):
@@ -1999,9 +2006,36 @@ class HandOverTest(HubCase):
     def test_path_that_was_lost_is_the_loops_to_mend(self):
         hub, client = self.make_ready()
         os.unlink(self.path)
-        hub.overdue()
-        self.assertLeft(hub, client)
+        for woken, queued in (0, 0), (1, 0):
+            self.emit(hub, range(woken, woken + 1))
+            self.assertEqual((woken + 1, woken, queued), (
+                account(client.read()), hub.starts, hub.queued))
+            hub.overdue()
+            hub.asleep = True
+        hub.turn()
         self.assertServed(hub, client, self.connect(hub))
+
+    def test_other_threads_get_no_turn(self):
+        """Not even when the path has to be looked after, beside a busy one."""
+        hub, client = self.make_ready()
+        hub.waker = unix_notifier._Event()
+
+        def emit():
+            hub.overdue()
+            hub.asleep = True
+            self.emit(hub, range(1))
+
+        self.assertKeepsGil(emit)
+        self.assertEqual((5, False), (len(client.read()), hub.asleep))
+
+    def test_path_is_looked_at_while_the_turn_is_free(self):
+        """For its system calls give up the GIL, and notify() goes on."""
+        hub, client = self.make_ready()
+        hub.on_intact(lambda: self.emit(hub, range(1)))
+        hub.overdue()
+        hub.turn()
+        self.assertQueued(hub, 0)
+        self.assertEqual(1, account(client.read()))
 
     def test_peer_that_has_gone_is_the_loops_to_part(self):
         self.patch('_VISITS_INTERVAL', 0)

@@ -1377,7 +1377,7 @@ class _Hub:
             return False
         try:
             try:
-                stream = self._ready(now)
+                stream = self._ready()
                 if stream is None:
                     return False
                 self._credit = max(self._credit, now) + _HAND_OVER_TIME
@@ -1390,6 +1390,8 @@ class _Hub:
                 elif sent and sent[0] > 0:
                     self._rest = line, sent[0]
                 free.append(True)
+            if now - self._checked > _CHECK_INTERVAL and self._asleep:
+                self._wake()    # to look after the path: see _turn()
         except BaseException as error:
             if self._rest is not None:
                 self._wake()
@@ -1397,24 +1399,17 @@ class _Hub:
                 raise
         return sent[0] > 0
 
-    def _ready(self, now):
-        """The only stream, if it was sent all there was, and all is well.
+    def _ready(self):
+        """The only stream, if it was sent all there was, and none waits.
 
         Whatever this thread emitted before is in the queue, or else pending,
         or was sent: the loop moves it while it has the turn, which is ours.
-        The path is looked after here, for a loop that was woken to do that
-        would take what comes next, and this process may leave before it has
-        sent that.
         """
         if len(self._subscribers) != 1 or self._waiting():
             return None
         stream = next(iter(self._subscribers))
         if stream.blocked or stream.pending():
             return None
-        if now - self._checked > _CHECK_INTERVAL:
-            if not self._intact() or now > self._log.due:
-                return None
-            self._checked = now
         return stream if self._none_waits() else None
 
     def _none_waits(self):
@@ -1589,6 +1584,7 @@ class _Hub:
             with self._token:
                 self._open()
         events = self._wait(limit)
+        self._look_at_path()
         with self._token:
             self._stay()
             return self._work([(key.data, mask) for key, mask in events])
@@ -1685,6 +1681,21 @@ class _Hub:
         self._gate.open = is_open
 
     # The path.
+
+    def _look_at_path(self):
+        """Look whether all is still well, before the turn is taken.
+
+        Each system call gives up the GIL, which a busy thread returns after
+        5 ms: in notify(), this took 16 ms once a second. Meanwhile that goes
+        on to send. A turn that finds nothing to do has no such call, so that
+        no other thread sees it, and queues what its process does not live to
+        send.
+        """
+        now = time.monotonic()
+        if (self._retry.at is None and now > self._checked + _CHECK_INTERVAL
+                and self._intact()):
+            self._checked = now
+            self._log.well()
 
     def _look_after_path(self):
         if self._closing and self._bound is not None:
@@ -2700,7 +2711,8 @@ class _RelayHub(_Hub):
     def _intact(self):
         if self._uplink is None:
             return super()._intact()
-        return self._passed.intact() and os.path.exists(self._relay_path)
+        return (self._passed is not None and self._passed.intact()
+                and os.path.exists(self._relay_path))
 
     # Following.
 

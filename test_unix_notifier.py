@@ -43,6 +43,7 @@ import selectors
 import signal
 import socket
 import stat
+import struct
 import sys
 import threading
 import time
@@ -151,6 +152,29 @@ def listen(path, backlog=8):
     sock.bind(path)
     sock.listen(backlog)
     return sock
+
+
+@contextlib.contextmanager
+def lingering():
+    """What passes, by a socket, what takes long to close: till this ends."""
+    def give(sock):
+        # Its own is not the last, unless the kernel refuses to pass it.
+        with contextlib.suppress(PermissionError):
+            socket.send_fds(sock, [b'x'], [ours.fileno()])
+            ours.close()
+
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(socket.create_server(('127.0.0.1', 0)))
+        ours = stack.enter_context(
+            socket.create_connection(server.getsockname()))
+        stack.enter_context(server.accept()[0])     # nobody reads
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                        struct.pack('ii', 1, 2 * PROMPT))
+        ours.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                ours.send(bytes(1 << 20))
+        yield give
 
 
 def none_left(*args):
@@ -1014,6 +1038,9 @@ class LockTest(TestCase):
         lock = self.held()
         os.rename(self.path, self.path + '.old')
         self.assertFalse(lock.intact())
+        os.symlink(self.path + '.old', self.path)   # others would refuse it
+        self.assertFalse(lock.intact())
+        os.unlink(self.path)
         self.assertTrue(self.held().intact())
         self.assertFalse(lock.intact())
 
@@ -1092,6 +1119,62 @@ class BoundTest(TestCase):
                 for name in os.listdir(self.dir):
                     os.unlink(os.path.join(self.dir, name))
 
+    def test_what_takes_the_name_at_once_is_left_as_it_is(self):
+        """As new as what was bound, but another's, or no socket."""
+        other = os.path.join(self.dir, 'other')
+
+        def link():
+            listen(other).close()
+            os.chmod(other, 0o600)
+            os.symlink(other, self.path)
+
+        def file():
+            touch(self.path)
+            os.chmod(self.path, 0o600)
+
+        def foreign():
+            listen(self.path).close()
+            os.chmod(self.path, 0o600)
+            os.chown(self.path, 1, -1)
+
+        for put in (link, file, foreign)[:2 if os.geteuid() else 3]:
+            def bind(path, put=put):
+                sock.bind(path)
+                os.unlink(path)
+                put()
+
+            lock = mock.create_autospec(unix_notifier._Lock)
+            with unix_notifier._unix_socket() as sock:
+                error = self.assertRaises(
+                    OSError, unix_notifier._bind,
+                    mock.Mock(wraps=sock, bind=bind), self.path, 0o666, lock)
+            self.assertNames(error, self.path)
+            lock.write.assert_not_called()
+            self.assertEqual(0o600, stat.S_IMODE(os.stat(self.path).st_mode))
+            os.unlink(self.path)
+
+    def test_what_takes_the_name_later_is_not_looked_at(self):
+        """Neither by mode and group, nor for what is to be found again."""
+        victim, bound = os.path.join(self.dir, 'victim'), self.path + '.bound'
+        touch(victim)
+        os.chmod(victim, 0o600)
+        before = os.stat(victim)
+
+        def swap(*args, open=os.open):
+            file = open(*args)
+            os.rename(self.path, bound)
+            os.symlink(victim, self.path)
+            return file
+
+        gid = os.getgid() if os.geteuid() else 12345
+        with fixtures.MonkeyPatch('os.open', swap):
+            identity = self.bind(0o604, gid).identity
+        self.assertEqual(before, os.stat(victim))
+        info = os.stat(bound)
+        self.assertEqual((0o604, gid, identity), (
+            stat.S_IMODE(info.st_mode), info.st_gid,
+            unix_notifier._identity(info)))
+
     def test_umask_is_neither_used_nor_touched(self):
         self.addCleanup(os.umask, os.umask(0o077))
         with fixtures.MonkeyPatch('os.umask', None):
@@ -1111,6 +1194,14 @@ class BoundTest(TestCase):
             error = self.assertRaises(FileNotFoundError, self.bind)
             self.assertNames(error, self.path)
             self.assertEqual(before, open_files())
+
+    def test_link_to_it_is_not_it(self):
+        bound = self.bind()
+        os.rename(self.path, self.path + '.bound')
+        os.symlink(self.path + '.bound', self.path)
+        self.assertFalse(bound.intact())
+        bound.unlink()
+        self.assertTrue(os.path.islink(self.path))
 
     def test_unlink_removes_only_our_own(self):
         bound = self.bind()
@@ -1451,6 +1542,26 @@ class SubscriberTest(TestCase):
             self.assertIsNone(subscriber.listen())
         peer.send(b'x')
         self.assertIn('65536', subscriber.listen())
+
+    def test_descriptors_that_come_after_the_look_are_not_taken(self):
+        self.patch('_guarded', lambda: False)
+        subscriber, peer = self.peers()
+        ours = subscriber.sock
+        reading, writing = os.pipe()
+        self.addCleanup(os.close, reading)
+
+        def look(*args):
+            found = ours.recvmsg(*args)
+            socket.send_fds(peer, [b'x'], [writing])
+            os.close(writing)
+            return found
+
+        peer.send(b'x')
+        subscriber.sock = mock.Mock(wraps=ours, recvmsg=look)
+        self.assertIsNone(subscriber.listen())
+        subscriber.sock = ours
+        self.assertEqual('it sent descriptors', subscriber.listen())
+        self.assertEqual([], select.select([reading], [], [], 0)[0])
 
     def test_half_closed_peer_stays(self):
         subscriber, peer = self.peers()
@@ -2328,6 +2439,46 @@ class AcceptTest(HubCase):
         hub.turn()
         self.assertServed(hub, second, self.connect(hub))
 
+    def test_crowd_of_many_is_told_in_few_words(self):
+        pids = itertools.count(1)
+        self.patch('_peer', lambda sock: (next(pids), 7))
+        hub = self.make_hub(sock_max_subscribers=100)
+        clients = [self.connect() for _ in range(100)]
+        hub.turn()
+        self.assertLogged('subscribers connected: 100; most often')
+        self.assertLess(max(map(len, self.log.output.splitlines())), 500)
+        self.assertServed(hub, *clients)
+
+    def test_who_comes_or_talks_in_a_loop_has_a_turn_now_and_then(self):
+        self.patch('_REST', 0.02)
+        self.patch('_REST_MAX', 0.06)
+        hub = self.make_hub()
+        client = self.connect(hub)
+        for act in lambda: client.sock.send(b'x'), self.connect:
+            begin = time.monotonic()
+            for _ in range(10):
+                act()
+                hub.turn()
+            self.assertGreater(time.monotonic() - begin, 5 * 0.02)
+
+    def test_who_is_refused_in_a_loop_costs_little(self):
+        """All are asked once a turn whether they are there, not by each."""
+        hub = self.make_hub(sock_max_subscribers=40)
+        places = [self.connect() for _ in range(40)]
+        hub.turn()
+        crowd = [self.connect() for _ in range(40)]
+        sends = self.count_short_sends()
+        with mock.patch.object(
+                unix_notifier, '_record', autospec=True,
+                side_effect=unix_notifier._record) as record:
+            hub.turn()
+        # To each one place and two to each that comes; none gives up the GIL.
+        self.assertEqual(40 + 2 * 40, sends.call_count)
+        self.assertEqual(1, record.call_count)
+        for each in crowd:
+            self.assertEqual('sock_max_subscribers is 40', each.refusal())
+        self.assertServed(hub, *places)
+
     def test_users_share_the_places(self):
         hub = self.make_hub(sock_max_subscribers=5)
         uids = iter((1, 1, 1, 1, 1, 2, 2, 2, 3, 1))
@@ -2337,6 +2488,7 @@ class AcceptTest(HubCase):
         hub.turn()
         self.pump(hub, ones[4], 1)
         ones[4].messages.clear()
+        ones[3].receive(1 << 16)    # and there is room, for half a line
         # The newest, which had got all, and the one before, amid a line.
         twos = [self.connect(hub) for _ in range(2)]
         self.assertIn('fewer', ones[4].refusal())
@@ -2370,6 +2522,14 @@ class AcceptTest(HubCase):
         self.connect().sock.close()
         self.assertServed(hub, self.connect(hub))
 
+    def test_who_has_gone_while_it_waited_takes_no_others_place(self):
+        uids = iter((1, 1, 2))
+        self.patch('_peer', lambda sock: (12, next(uids)))
+        hub = self.make_hub(sock_max_subscribers=2)
+        ones = [self.connect(hub) for _ in range(2)]
+        self.connect().sock.close()
+        self.assertServed(hub, *ones)
+
     def test_talker_is_cut_off(self):
         self.patch('_VISITS_INTERVAL', 0)
         hub = self.make_hub()
@@ -2383,7 +2543,7 @@ class AcceptTest(HubCase):
         self.assertLogged('it sent more than 65536 bytes')
 
     def test_who_passes_descriptors_is_refused_or_cut_off(self):
-        for guarded in True, False:     # a kernel may not know of it
+        for guarded in unix_notifier._guarded(), False:
             if not guarded:
                 self.patch('_guarded', lambda: False)
             hub = self.make_hub()
@@ -2396,6 +2556,7 @@ class AcceptTest(HubCase):
                 self.addCleanup(os.close, reading)
                 try:
                     socket.send_fds(client.sock, [b'xx'], [writing])
+                    self.assertFalse(guarded)
                 except PermissionError:
                     self.assertTrue(guarded)
                 os.close(writing)
@@ -2404,6 +2565,30 @@ class AcceptTest(HubCase):
                     [reading], [], [], 0.01)[0])
             self.assertServed(hub, clients[0])
             self.assertEqual(1 + 3 * guarded, len(hub.subscribers))
+            hub.finish()
+
+    def test_what_takes_long_to_close_holds_nobody_up(self):
+        for guarded in unix_notifier._guarded, lambda: False:
+            self.patch('_guarded', guarded)
+            hub = self.make_hub()
+            quiet, talker = self.connect(hub), self.connect(hub)
+            with lingering() as give, lingering() as give_late:
+                begin = time.monotonic()
+                give(talker.sock)
+                hub.turn()
+                # By one, too, that waits at a listener which is closed.
+                late = self.path + '.late'
+                os.rename(self.path, late)
+                with socket.socket(socket.AF_UNIX) as sock:
+                    end = hub.on_close_listener(
+                        lambda sock=sock: sock.connect(late)
+                        or give_late(sock))
+                    hub.look_again()
+                    end()
+                    self.assertServed(hub, quiet)
+                    self.assertLess(time.monotonic() - begin, PROMPT)
+                    with contextlib.suppress(ConnectionResetError):
+                        self.assertEqual(b'', sock.recv(1))
             hub.finish()
 
     def test_what_comes_out_of_band_does_not_spin(self):
@@ -3936,6 +4121,24 @@ class RelayWordsTest(RelayCase):
             self.assertTrue(str(error).isprintable())
             self.assertLess(len(str(error)), 500)
 
+    def test_leader_that_accepts_nobody_is_not_waited_for(self):
+        lock = unix_notifier._Lock(self.path + '.lock')
+        self.addCleanup(lock.close)
+        lock.acquire()
+        relay = listen(self.path + '.relay', 0)
+        self.addCleanup(relay.close)
+        first = socket.socket(socket.AF_UNIX)
+        self.addCleanup(first.close)
+        first.connect(self.path + '.relay')
+        follower = self.make_newcomer(self.make_settings())
+        thread = threading.Thread(target=follower.turn, daemon=True)
+        thread.start()
+        thread.join(PROMPT)
+        waits = thread.is_alive()
+        relay.close()       # or it would not end
+        thread.join(WAIT)
+        self.assertFalse(waits)
+
     def test_leader_that_says_no_hello_is_gone_and_is_told_of_once(self):
         lock = unix_notifier._Lock(self.path + '.lock')
         self.addCleanup(lock.close)
@@ -3949,6 +4152,7 @@ class RelayWordsTest(RelayCase):
         good = hello + b' [1, 2, 3]\n'
         before = None
         for data, passed in (
+                (b'x' * 5000, [relay] * 9),     # which is what is told
                 (hello, [relay, event]), (good, []), (good, [relay]),
                 (good, [file, event]), (good, [file, file]),
                 (hello + b' [1, 2\n', [relay, event]),
@@ -3956,8 +4160,9 @@ class RelayWordsTest(RelayCase):
                 (hello + b' [1, "2", 3]\n', [relay, event]),
                 (hello + b' {}\n', [relay, event]),
                 (hello + b' ' + b'[' * 4000 + b'\n', [relay, event]),
-                (good[:9], [relay, event]), (b'x' * 5000, [relay] * 9)):
+                (good[:9], [relay, event])):
             follower.look_again()
+            follower.retry_at += WAIT   # not while we look what it has open
             with relay.accept()[0] as leader:
                 leader.settimeout(WAIT)
                 socket.send_fds(leader, [data], [
@@ -3970,6 +4175,7 @@ class RelayWordsTest(RelayCase):
             before = before or open_files()
             self.assertEqual(before, open_files())
         self.assertLogged('relay refused: the leader, pid %d' % os.getpid())
+        self.assertLess(max(map(len, self.log.output.splitlines())), 500)
         self.assertLogged('Traceback', 0)
         follower.look_again()
         with relay.accept()[0] as leader:
@@ -3977,6 +4183,8 @@ class RelayWordsTest(RelayCase):
                                              file.fileno()])
             self.step(follower)
             self.assertTrue(follower.follows)
+        for each in follower.descriptors:
+            self.assertFalse(os.get_inheritable(each))
 
 
 # ---------------------------------------------------------------------------
@@ -4137,6 +4345,33 @@ class SubscribeTest(ConsumerTestCase):
             self.assertTrue(select.select([reading], [], [], WAIT)[0])
             os.unlink(self.path)
 
+    def test_what_takes_long_to_close_holds_no_reader_up(self):
+        for guarded in unix_notifier._guarded, lambda: False:
+            self.patch('_guarded', guarded)
+            for end in (lambda stream: self.assertEqual([], list(stream)),
+                        lambda stream: stream.close()):
+                stream, service = self.connected(reconnect=False)
+                with lingering() as give:
+                    begin = time.monotonic()
+                    give(service)
+                    service.close()
+                    end(stream)
+                    self.assertLess(time.monotonic() - begin, PROMPT)
+                os.unlink(self.path)
+
+    def test_service_that_accepts_nobody_is_not_waited_for(self):
+        listener = listen(self.path, 0)
+        self.addCleanup(listener.close)
+        first = socket.socket(socket.AF_UNIX)
+        self.addCleanup(first.close)
+        first.connect(self.path)
+        streams = []
+        self.in_thread(lambda: streams.append(self.subscribe())).join(PROMPT)
+        # Or the thread would not end.
+        self.addCleanup(lambda: listener.accept()[0].close())
+        self.assertEqual(1, len(streams))
+        self.assertEqual(1, self.logged('waiting for it: Resource'))
+
     def test_nobody_there_raises_if_asked_to(self):
         error = self.assertRaises(FileNotFoundError, unix_notifier.subscribe,
                                   self.path, reconnect=False)
@@ -4232,6 +4467,18 @@ class SubscribeTest(ConsumerTestCase):
             self.assertLess(time.monotonic() - begin, PROMPT)
             stream.close()
             os.unlink(self.path)
+
+    def test_take_gives_up_in_time_though_a_line_has_no_end(self):
+        stream, service = self.connected()
+        service.sendall(b'x')
+        begin = time.monotonic()
+
+        def receive(*_):
+            self.assertLess(time.monotonic() - begin, PROMPT)
+            return b''      # and there is always more
+
+        self.patch('_LineBuffer.receive', receive)
+        self.assertIsNone(stream.take(begin + 0.1))
 
     def test_other_lines_are_dropped_and_logged_once(self):
         stream, service = self.connected()
@@ -4499,6 +4746,18 @@ class ListenerTest(ConsumerTestCase):
         self.assertLess(handled, 21)
         self.assertIn('gave up on x x, requeued', self.log.output)
 
+    def test_records_that_cannot_be_true_are_given_up_as_none(self):
+        listener = self.listener()
+        self.service.sendall(b''.join(
+            unix_notifier._lost_record(lost, 'why')
+            for lost in (10 ** 30, -5, 'x', 2)) + line(0))
+        batch = [listener.poll()[0] for _ in range(5)]
+        self.patch('_HELD_MAX', 1024)
+        for each in batch:
+            each.requeue()
+        incoming, = listener.poll(timeout=WAIT)
+        self.assertEqual(3, incoming.message['payload']['lost'])
+
     def test_what_is_requeued_again_and_again_is_named(self):
         self.patch('_REQUEUE_FIRST', 0.001)
         self.patch('_REQUEUE_MAX', 0.001)
@@ -4513,6 +4772,24 @@ class ListenerTest(ConsumerTestCase):
         self.assertEqual(1, self.logged('stuck: x x, requeued 10 times in'))
         listener.poll(timeout=0.01)
         self.assertEqual(2, self.logged('stuck'))
+
+    def test_what_others_say_does_no_harm_in_the_log(self):
+        self.patch('_REQUEUE_FIRST', 0.001)
+        self.patch('_REQUEUE_MAX', 0.001)
+        listener = self.listener()
+        evil = 'a\nb\x9b2J' + 'x' * 9999
+        self.service.sendall(
+            b'{"\xc2\x9b2J": "%s"}\n' % (b'x' * 9999) + unix_notifier._encode(
+                dict(numbered(1), event_type=evil, message_id=evil)))
+        for _ in range(3):
+            listener.poll()[0].requeue()
+        listener.poll()
+        for text in 'no priority', 'stuck: a':
+            self.assertEqual(1, self.logged(text))
+        lines = self.log.output.splitlines()
+        self.assertEqual(3, len(lines))
+        for each in lines:
+            self.assertTrue(each.isprintable() and len(each) < 1000, each)
 
     def test_what_is_never_settled_is_named(self):
         self.patch('_STUCK_FIRST', 0.2)
@@ -4737,6 +5014,13 @@ class CommandLineTest(base.BaseTestCase):
 
     def test_text_is_cut_where_nobody_would_read_on(self):
         text = unix_notifier._text(dict(message({}), event_type='x' * 9999))
+        self.assertLess(len(text), 300)
+
+    def test_text_of_what_is_deep_is_cut_too(self):
+        deep = []
+        for _ in range(10 ** 5):
+            deep = [deep]
+        text = unix_notifier._text(dict(message({}), event_type=deep))
         self.assertLess(len(text), 300)
 
     def test_text_ends_with_the_id_that_says_most(self):

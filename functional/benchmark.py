@@ -712,7 +712,9 @@ def main():
     arguments = parser.parse_args()
     if arguments.rabbit:
         os.environ[peers.RABBIT] = arguments.rabbit
-    peers.chosen.intersection_update(arguments.systems)
+    # And what ours are to be compared with, if with an older build.
+    peers.chosen.intersection_update([*arguments.systems, *(
+        peers.OLD + each for each in arguments.systems if each in peers.OURS)])
     done = []
     with older(arguments.against) as peers.old_path:
         for row in measure(arguments.only or POINTS, arguments.rounds,

@@ -334,81 +334,111 @@ class SteppedHub(unix_notifier._Hub):
     """
 
     starts = 0
-    asleep = inside('_asleep')
-    backlog = inside('_backlog')
-    checked_at = inside('_checked')
-    count_drop = inside('_drops.__next__')
-    credit = inside('_credit')
-    gap = inside('_gap')
-    gate = inside('_gate')
-    gate_open = inside('_gate.open')
-    identity = inside('_bound.identity')
-    listener = inside('_bound.sock')
-    lock = inside('_lock')
-    paused_until = inside('_pause.at')
-    reserve = inside('_reserve')
-    rest = inside('_rest')      # of a line, to be sent
-    retry_at = inside('_retry.at')
-    room = inside('_room')
+    asleep = inside('loop.inbox.asleep')
+    backlog = inside('loop.fanout.backlog')
+    checked_at = inside('loop.inbox.checked')
+    count_drop = inside('loop.inbox.drops.__next__')
+    credit = inside('loop.hand_over.busy_until')
+    drop = inside('loop.inbox.drop')
+    emit = inside('loop.inbox.emit')
+    gap = inside('loop.inbox.gap')
+    gate = inside('loop.inbox.look')
+    lock = inside('loop.path.lock')
+    reserve = inside('loop.role._door._reserve')
+    rest = inside('loop.inbox.rest')     # of a line, to be sent
+    retry_at = inside('loop.retry.at')
+    room = inside('loop.inbox.room')
+    selector = inside('loop.files._selector')
     starting = inside('_starting')
-    tell_visits_at = inside('_visits.at')
-    thread = inside('_thread')
-    vacate = inside('_lock.vacate')
-    wake = inside('_wake')
-    waker = inside('_waker')
-    anyone_seen = property(lambda self: bool(self._gate.look()))
+    tell_visits_at = inside('loop.visits.at')
+    vacate = inside('loop.path.lock.vacate')
+    wake = inside('loop.inbox.wake')
+    waker = inside('loop.inbox.waker')
+    anyone_seen = property(
+        lambda self: bool(getattr(self.loop.role, '_look', self.gate)()))
     bytes_queued = property(
-        lambda self: sum(map(len, filter(None, self._queue))))
+        lambda self: sum(map(len, filter(None, self.loop.inbox.lines))))
     descriptors = property(
-        lambda self: [each.fileno() for each in self._files])
-    holds_lock = property(lambda self: self._lock.intact())
-    owns_path = property(lambda self: self._bound.intact())
-    queued = property(lambda self: len(self._queue))    # entries
-    selector_fileno = property(lambda self: self._selector.fileno())
-    served = property(lambda self: self._bound is not None)
-    subscribers = property(lambda self: list(self._subscribers))
-    timeout = property(lambda self: self._timeout(None))
-    waiting = property(lambda self: self._waiting())
-    take = functools.partialmethod(unix_notifier._Hub._take, handed=())
+        lambda self: [each.fileno() for each in self.loop.files._owned])
+    gate_open = property(lambda self: self.gate is unix_notifier._yes)
+    holds_lock = property(lambda self: self.lock.intact())
+    identity = property(lambda self: self.loop.path.bound[''].identity)
+    owns_path = property(lambda self: self.loop.path.bound[''].intact())
+    queued = property(lambda self: len(self.loop.inbox.lines))   # entries
+    served = property(lambda self: '' in self.loop.path.bound)
+    subscribers = property(lambda self: list(self.loop.role.streams))
+    timeout = property(lambda self: self.loop._timeout(None))
+    ready = property(lambda self: self.loop.turn.aim is not None)
+    taken = property(lambda self: self.loop.turn.taken)
+    tokens = property(lambda self: len(self.loop.turn.free))
+    waiting = property(lambda self: self.loop.inbox.waiting())
+
+    roles = unix_notifier._Seeker, unix_notifier._Alone
 
     def __init__(self, settings, stepped=True):
-        super().__init__(settings)
+        with mock.patch.multiple(unix_notifier._Loop, seek=self.roles[0],
+                                 others=self.roles[1]):
+            super().__init__(settings)
+        self.loop.seek, self.loop.others = self.roles
         self.hand_over(not stepped)
         if not stepped:     # as it is, without a frame more
-            self.start = super().start
+            self.start = self.loop.inbox._start = super().start
 
     def hand_over(self, does):
         """Whether emit() itself may send; else all is queued, to be seen."""
-        self._hand_over = super()._hand_over if does else lambda line: False
+        self.loop.inbox.hand_over = (
+            self.loop.hand_over.send if does else lambda line: False)
 
     def start(self):
         self.starts += 1
-        self._asleep = False    # as the loop has it while it is awake
+        self.asleep = False     # as the loop has it while it is awake
 
     def turn(self, limit=0):
-        return self._turn(limit)
+        return self.loop.step(limit)
+
+    def take(self, due):
+        self.loop.fanout.take(due, ())
+
+    @property
+    def listener(self):
+        return self.loop.path.bound[''].sock
+
+    @listener.setter
+    def listener(self, sock):
+        self.loop.path.bound[''].sock = self.loop.role._door._sock = sock
+
+    @property
+    def paused_until(self):
+        """When it will try to accept again, if that has failed."""
+        locked = self.served and self.loop.role._door.locked
+        return self.retry_at if locked else None
+
+    @paused_until.setter
+    def paused_until(self, at):
+        self.retry_at = at
 
     def overdue(self):
         """Make the next turn look after the path, whatever the time."""
-        self._checked -= 60
-        if self._retry.at:
-            self._retry.at = 0
+        self.checked_at -= 60
+        if self.retry_at:
+            self.retry_at = 0
 
     def look_again(self, times=1):
         for _ in range(times):
             self.overdue()
-            self._turn(0)
+            self.loop.step(0)
 
     def finish(self):
-        if not self._closing:
-            self._closing = True
-            self._token.outwait(0.01)
+        if not self.loop.closing:
+            self.loop.closing = True
+            self.loop.turn.outwait(0.01)
             self._leave(time.monotonic() + WAIT)
 
     def late_event(self, subscriber):
         """One that was there before it parted."""
-        self._part(subscriber, 'a test')
-        self._on_subscriber(subscriber, selectors.EVENT_READ)
+        self.loop.role.see_off(subscriber)
+        subscriber.ended = 'a test'
+        self.loop.fanout.on_event(subscriber, selectors.EVENT_READ)
 
     def _hook(self, name, before=bool, after=bool):
         *owners, last = name.split('.')
@@ -424,43 +454,54 @@ class SteppedHub(unix_notifier._Hub):
         setattr(owner, last, hooked)
         return functools.partial(setattr, owner, last, method)
 
-    on_accept = functools.partialmethod(_hook, '_accept')
-    on_close_listener = functools.partialmethod(_hook, '_close_listener')
-    on_flush = functools.partialmethod(_hook, '_flush')
-    on_look_after_path = functools.partialmethod(_hook, '_look_after_path')
-    on_turn = functools.partialmethod(_hook, '_turn')
+    on_accept = functools.partialmethod(_hook, 'loop.role._let_in')
+    on_close_listener = functools.partialmethod(_hook, 'loop.path.free')
+    on_flush = functools.partialmethod(_hook, 'loop.fanout.flush')
+    on_work = functools.partialmethod(_hook, 'loop.fanout.take_rest')
+    on_turn = functools.partialmethod(_hook, 'loop.step')
 
     def on_intact(self, function):
         """When it has looked at the path."""
-        return self._hook('_intact', after=function)
+        return self._hook('loop._look', after=function)
 
     def on_look(self, function):
         """After one, whatever it has found."""
-        end = self._hook('_gate.look', after=lambda: end() or function())
+        look, todo = self.gate, [function]
+
+        def hooked():
+            found = look()
+            if todo:
+                todo.pop()()
+            return found
+
+        self.gate = hooked
 
     def on_asleep(self, function):
         """Before the flag is up."""
-        end = self._hook('_waiting', after=lambda: end() or function())
+        end = self._hook('loop.inbox.waiting',
+                         after=lambda: end() or function())
 
     def on_select(self, function):
         """With the timeout; what it returns, if anything, was found."""
-        select = self._selector.select
-        self._selector.select = lambda timeout: (
+        selector = self.loop.files._selector
+        select = selector.select
+        selector.select = lambda timeout: (
             select(timeout) if (found := function(timeout)) is None else found)
-        return functools.partial(setattr, self._selector, 'select', select)
+        return functools.partial(setattr, selector, 'select', select)
 
     def on_hand_over(self, function):
         """When emit() is about to send: only if that returns True."""
-        self._none_waits = function
+        turn = self.loop.turn
+        turn.aim = turn.aim._replace(look=function, expected=True)
 
     def on_handed_over(self, function):
         """When emit() has given the turn back."""
         class Free(collections.deque):
             def append(free, token):
-                self._token.free = collections.deque([token])
+                self.loop.turn.free = collections.deque([token])
                 function()
 
-        self._token.free = Free([True])
+        self.loop.turn.free = Free([True])
 
 
 def make_clogged_subscriber(backlog):
@@ -545,11 +586,13 @@ class TestCase(base.BaseTestCase):
 
     def patch_drivers(self):
         """Have drivers make hubs that speak as the tests do."""
-        class Hub(SteppedHub, unix_notifier.UnixDriver.hub_class):
+        class Hub(SteppedHub):
+            roles = unix_notifier._Loop.seek, unix_notifier._Loop.others
+
             def __init__(self, settings):
                 super().__init__(settings, stepped=False)
 
-        self.patch('UnixDriver.hub_class', Hub)
+        self.patch('_Hub', Hub)
 
     def connect(self, hub=None):
         client = Client(self.path)
@@ -1579,11 +1622,12 @@ class SubscriberTest(TestCase):
             subscriber.sock.send(unread)
             peer.close()
             self.assertEqual('it is gone', subscriber.listen())
-        self.assertEqual((os.getpid(), os.geteuid()),
+        uid = os.geteuid()
+        self.assertEqual(('pid %d, uid %d' % (os.getpid(), uid), uid),
                          unix_notifier._peer(subscriber.sock))
 
 
-# -- the loop's helpers -----------------------------------------------------
+# -- any thread ---------------------------------------------------------------
 
 class EventTest(TestCase):
 
@@ -1644,24 +1688,6 @@ class GateTest(TestCase):
         event = unix_notifier._Event()
         look = unix_notifier._poll(event.fileno())
         self.assertKeepsGil(lambda: (look(), event.set()))
-
-
-class BackoffTest(TestCase):
-
-    def test_delay_doubles_to_a_second_with_jitter(self):
-        backoff, shares = unix_notifier._Backoff(), set()
-        self.assertIsNone(backoff.at)
-        for delay in (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1, 1, 1):
-            with fixtures.MonkeyPatch('time.monotonic', lambda: 100):
-                backoff.fail()
-            self.assertEqual((delay, delay == 1),
-                             (backoff.delay, backoff.for_long()))
-            shares.add((backoff.at - 100) / delay)
-        self.assertTrue(0.49 < min(shares) < 0.95 < 1.01 > max(shares))
-        backoff.clear()
-        self.assertIsNone(backoff.at)
-        backoff.fail()
-        self.assertEqual(0.01, backoff.delay)
 
 
 class HubCase(TestCase):
@@ -1789,12 +1815,10 @@ class StartTest(HubCase):
 
     def test_gate_replaced_after_the_look_is_looked_at(self):
         hub, clients = self.make_hub(), []
-        gate = hub.gate
 
         def rebind():
             os.unlink(self.path)
             hub.look_again()
-            gate.open = False   # whatever it said last
             clients.append(self.connect())
 
         self.emit_while_looking(hub, rebind)
@@ -1802,19 +1826,13 @@ class StartTest(HubCase):
 
     def test_gate_is_replaced_before_its_listener_closes(self):
         hub, looked_at = self.make_hub(), []
-        client, gate = self.connect(hub), hub.gate
-
-        def spy():
-            looked_at.append(hub.gate is gate)
-            self.emit(hub, range(1))
-
-        end = hub.on_close_listener(spy)
+        gate = hub.gate
+        end = hub.on_close_listener(lambda: looked_at.append(hub.gate is gate))
         os.unlink(self.path)
         hub.look_again()
-        self.assertEqual([False], looked_at)
-        hub.turn()
-        self.assertEqual(1, account(client.read()))
         end()
+        self.assertEqual([False], looked_at)
+        self.assertServed(hub, self.connect(hub))
 
     def test_gate_is_open_before_a_listener_that_lost_its_path_closes(self):
         hub = self.make_hub()
@@ -1962,7 +1980,7 @@ class QueueTest(HubCase):
 
     def test_what_was_lost_while_nobody_was_there_is_not_told(self):
         hub = self.make_hub(sock_buffer_size=65536)
-        hub.gate_open = True
+        hub.gate = unix_notifier._yes
         self.emit(hub, range(80))
         hub.turn()
         client = self.connect(hub)
@@ -2202,15 +2220,15 @@ class HandOverTest(HubCase):
         sent = self.count_short_sends()
 
         def publish(thread):
-            for number in range(500):
+            for number in range(100):
                 hub.emit(message({'n': number, 'thread': thread}))
                 time.sleep(random.choice((0, 0, 0, 1e-4)))
 
         self.run_threads([functools.partial(publish, each) for each in
-                          range(8)] + [lambda: client.wait(4000)])
+                          range(40)] + [lambda: client.wait(4000)])
         self.assertLess(0, sent.call_count)
-        for thread in range(8):
-            self.assertEqual(list(range(500)), [
+        for thread in range(40):
+            self.assertEqual(list(range(100)), [
                 each['payload']['n'] for each in client.messages
                 if each['payload']['thread'] == thread])
 
@@ -2251,111 +2269,24 @@ class HandOverTest(HubCase):
         self.assertLess(100, next(struck))
 
 
-class WakeTest(HubCase):
+# -- the desk: what lasts, what is told, what is open -------------------------
 
-    """Hub: the loop sleeps, and no line is left lying meanwhile."""
+class BackoffTest(TestCase):
 
-    def make_woken_hub(self):
-        hub = SteppedHub(self.make_settings())
-        self.addCleanup(hub.finish)
-        hub.waker = unix_notifier._Event()
-        hub.turn()
-        return hub, self.connect(hub)
-
-    def assertPromptTurn(self, hub, client):
-        before = time.monotonic()
-        hub.turn(WAIT)
-        self.assertLess(time.monotonic() - before, PROMPT)
-        self.assertEqual(1, account(client.read()))
-
-    def test_line_between_flag_and_sleep_wakes(self):
-        hub, client = self.make_woken_hub()
-        hub.on_select(
-            lambda timeout: self.emit(hub, range(1)) if timeout else None)
-        self.assertPromptTurn(hub, client)
-
-    def test_line_before_the_flag_is_up_is_seen(self):
-        hub, client = self.make_woken_hub()
-        hub.on_asleep(lambda: self.emit(hub, range(1)))
-        self.assertPromptTurn(hub, client)
-
-    def test_loop_is_woken_once_and_only_if_it_sleeps(self):
-        hub, _ = self.make_woken_hub()
-        self.emit(hub, range(5))
-        self.assertEqual([], select.select([hub.waker], [], [], 0)[0])
-        hub.asleep = True
-        self.emit(hub, range(5))
-        self.assertEqual(1, os.eventfd_read(hub.waker.fileno()))
-
-    def test_rest_is_sent_without_a_wait(self):
-        self.patch('_CHUNK_MAX', 500)
-        self.patch('_SEND_MAX', 1000)
-        hub, client = self.make_woken_hub()
-        self.emit(hub, range(50))
-        before = time.monotonic()
-        while account(client.read()) < 50:
-            hub.turn(WAIT)
-        self.assertLess(time.monotonic() - before, PROMPT)
-
-    def test_idle_loop_waits_for_ever(self):
-        hub, timeouts = self.make_hub(), []
-        self.connect(hub)
-        hub.turn()
-        end = hub.on_select(lambda timeout: timeouts.append(timeout) or [])
-        hub.turn(None)
-        end()
-        self.assertIsNone(timeouts[0])
-
-    def test_no_wake_up_is_missed(self):
-        self.switch_threads_often()
-        hub, client = self.start_hub()
-        for number in range(600):
-            sys.setswitchinterval((1e-6, 1e-4, 5e-3)[number % 3])
-            self.emit(hub, [number])
-            self.assertEqual(number + 1, account(client.wait(number + 1)))
-
-    def test_thread_that_could_not_start_is_tried_again(self):
-        hub = SteppedHub(self.make_settings(), stepped=False)
-        self.addCleanup(hub.close)
-        with fixtures.MonkeyPatch('threading.Thread.start', none_left):
-            self.emit(hub, range(1))
-        wait_until(lambda: self.emit(hub, range(1)) or hub.served)
-
-    def test_loop_whose_start_was_interrupted_is_known(self):
-        start = threading.Thread.start
-
-        def interrupted(thread):
-            start(thread)
-            raise KeyboardInterrupt
-
-        hub = SteppedHub(self.make_settings(), stepped=False)
-        with fixtures.MonkeyPatch('threading.Thread.start', interrupted):
-            self.assertRaises(KeyboardInterrupt, hub.start)
-        self.await_service()
-        hub.close()
-        self.assertFalse(hub.thread.is_alive())
-        self.assertFalse(os.path.exists(self.path))
-
-    def test_close_before_the_loop_has_started(self):
-        hub = SteppedHub(self.make_settings(), stepped=False)
-        with fixtures.MonkeyPatch('threading.Thread.start', lambda _: None):
-            hub.start()
-        hub.close()
-
-    def test_surprise_in_the_loop_is_logged_and_survived(self):
-        self.patch('_Backoff.MAX', 0.01)
-        hub, client = self.start_hub()
-        hub.hand_over(False)
-        failures = [ZeroDivisionError()] * 3
-
-        def fail():
-            if failures:
-                raise failures.pop()
-
-        hub.on_flush(fail)
-        self.emit(hub, range(1))
-        self.assertEqual(1, account(client.wait(1)))
-        self.assertLogged('Traceback')
+    def test_delay_doubles_to_a_second_with_jitter(self):
+        backoff, shares = unix_notifier._Backoff(), set()
+        self.assertIsNone(backoff.at)
+        for delay in (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1, 1, 1):
+            with fixtures.MonkeyPatch('time.monotonic', lambda: 100):
+                backoff.fail()
+            self.assertEqual((delay, delay == 1),
+                             (backoff.delay, backoff.for_long()))
+            shares.add((backoff.at - 100) / delay)
+        self.assertTrue(0.49 < min(shares) < 0.95 < 1.01 > max(shares))
+        backoff.clear()
+        self.assertIsNone(backoff.at)
+        backoff.fail()
+        self.assertEqual(0.01, backoff.delay)
 
 
 class AcceptTest(HubCase):
@@ -2441,7 +2372,7 @@ class AcceptTest(HubCase):
 
     def test_crowd_of_many_is_told_in_few_words(self):
         pids = itertools.count(1)
-        self.patch('_peer', lambda sock: (next(pids), 7))
+        self.patch('_peer', lambda sock: ('pid %d' % next(pids), 7))
         hub = self.make_hub(sock_max_subscribers=100)
         clients = [self.connect() for _ in range(100)]
         hub.turn()
@@ -2482,7 +2413,7 @@ class AcceptTest(HubCase):
     def test_users_share_the_places(self):
         hub = self.make_hub(sock_max_subscribers=5)
         uids = iter((1, 1, 1, 1, 1, 2, 2, 2, 3, 1))
-        self.patch('_peer', lambda sock: (12, next(uids)))
+        self.patch('_peer', lambda sock: ('someone', next(uids)))
         ones = [self.connect(hub) for _ in range(5)]
         self.emit(hub, range(1), size=1 << 20)
         hub.turn()
@@ -2514,8 +2445,34 @@ class AcceptTest(HubCase):
         self.assertServed(hub, half, self.connect(hub))
         half.sock.close()
         self.emit(hub, range(1))            # finds out
-        hub.turn()
+        self.assertTrue(hub.turn())         # another will see it off
+        self.assertFalse(hub.turn())
         self.assertEqual(1, len(hub.subscribers))
+
+    def test_who_cannot_be_watched_is_parted(self):
+        self.patch('_VISITS_INTERVAL', 0)
+        hub = self.make_hub()
+        other = self.connect(hub)
+        with mock.patch.object(
+                hub.selector, 'register', autospec=True,
+                side_effect=OSError(errno.ENOSPC, 'too many are watched')):
+            client = self.connect(hub)
+        self.assertEqual(([], True), (client.read(), client.ended))
+        hub.turn()
+        self.assertLogged('0 lost; too many are watched')
+        self.assertServed(hub, other, self.connect(hub))
+
+    def test_who_could_not_be_watched_for_a_while_is_later(self):
+        hub = self.make_hub()
+        client = self.connect(hub)
+        client.sock.shutdown(socket.SHUT_WR)
+        hub.turn()      # nothing to watch for, until it takes no more
+        self.emit(hub, range(1), size=2 ** 20)
+        with mock.patch.object(
+                hub.selector, 'register', autospec=True,
+                side_effect=OSError(errno.ENOSPC, 'too many are watched')):
+            self.assertRaises(OSError, hub.turn)
+        self.pump(hub, client, 1)
 
     def test_who_has_gone_while_it_waited_takes_no_place(self):
         hub = self.make_hub(sock_max_subscribers=1)
@@ -2524,7 +2481,7 @@ class AcceptTest(HubCase):
 
     def test_who_has_gone_while_it_waited_takes_no_others_place(self):
         uids = iter((1, 1, 2))
-        self.patch('_peer', lambda sock: (12, next(uids)))
+        self.patch('_peer', lambda sock: ('someone', next(uids)))
         hub = self.make_hub(sock_max_subscribers=2)
         ones = [self.connect(hub) for _ in range(2)]
         self.connect().sock.close()
@@ -2727,6 +2684,8 @@ class AcceptTest(HubCase):
         self.assertServed(hub, client)
 
 
+# -- who serves the path ------------------------------------------------------
+
 class PathTest(HubCase):
 
     """Hub: the path, in trouble and well again."""
@@ -2734,7 +2693,7 @@ class PathTest(HubCase):
     @contextlib.contextmanager
     def trouble(self, hub, *texts):
         """It is told once, and once when it is over; notify() just drops."""
-        hub.look_again(5)
+        hub.look_again(9)       # nor for what may pass within a second
         if not hub.served:
             self.emit(hub, range(3))
             self.assertQueued(hub, 0)
@@ -2800,7 +2759,7 @@ class PathTest(HubCase):
             os.unlink(self.path)
 
     def test_foreign_live_socket_is_kept(self):
-        sock = listen(self.path)
+        sock = listen(self.path, 64)    # it is asked each time
         hub = self.make_hub(False)
         with self.trouble(hub, self.path, 'another program'):
             self.assertFalse(hub.holds_lock)    # others may have it
@@ -2855,7 +2814,7 @@ class PathTest(HubCase):
             raise PermissionError(errno.EACCES, 'no')
 
         (patch := mock.patch('socket.socket.listen', denied)).start()
-        with self.trouble(self.make_hub(), 'no'):
+        with self.trouble(self.make_hub(False), 'no'):
             self.assertEqual(['s.lock'], os.listdir(self.dir))
             patch.stop()
 
@@ -2922,6 +2881,14 @@ class PathTest(HubCase):
             other.close()
         self.assertLogged(': served with', 2)   # once when all was well
 
+    def test_lock_that_others_have_closed_is_taken_again(self):
+        hub = self.make_hub()
+        client = self.connect(hub)
+        os.close(hub.lock.fd)
+        hub.look_again(2)
+        self.assertTrue(hub.holds_lock)
+        self.assertServed(hub, client, self.connect(hub))
+
     def test_who_lost_lock_and_path_sends_subscribers_on(self):
         self.patch('_VISITS_INTERVAL', 0)
         hub = self.make_hub()
@@ -2931,8 +2898,10 @@ class PathTest(HubCase):
         other = self.make_hub()
         hub.look_again(2)
         self.assertEqual(([], True), (client.read(), client.ended))
-        self.assertFalse(hub.served or hub.gate_open)
+        self.assertFalse(hub.served)
         self.assertLogged('another process took the path')
+        hub.look_again(9)
+        self.assertFalse(hub.gate_open)
         self.assertServed(other, self.connect(other))
 
     def test_dead_processs_path_is_taken_over(self):
@@ -2943,6 +2912,146 @@ class PathTest(HubCase):
         self.assertTrue(os.path.exists(self.path))
         hub = self.make_hub()
         self.assertServed(hub, self.connect(hub))
+
+
+# -- the loop -----------------------------------------------------------------
+
+class WakeTest(HubCase):
+
+    """Hub: the loop sleeps, and no line is left lying meanwhile."""
+
+    def make_woken_hub(self):
+        hub = SteppedHub(self.make_settings())
+        self.addCleanup(hub.finish)
+        hub.waker = unix_notifier._Event()
+        hub.turn()
+        return hub, self.connect(hub)
+
+    def assertPromptTurn(self, hub, client):
+        before = time.monotonic()
+        hub.turn(WAIT)
+        self.assertLess(time.monotonic() - before, PROMPT)
+        self.assertEqual(1, account(client.read()))
+
+    def test_line_between_flag_and_sleep_wakes(self):
+        hub, client = self.make_woken_hub()
+        hub.on_select(
+            lambda timeout: self.emit(hub, range(1)) if timeout else None)
+        self.assertPromptTurn(hub, client)
+
+    def test_line_before_the_flag_is_up_is_seen(self):
+        hub, client = self.make_woken_hub()
+        hub.on_asleep(lambda: self.emit(hub, range(1)))
+        self.assertPromptTurn(hub, client)
+
+    def test_loop_is_woken_once_and_only_if_it_sleeps(self):
+        hub, _ = self.make_woken_hub()
+        self.emit(hub, range(5))
+        self.assertEqual([], select.select([hub.waker], [], [], 0)[0])
+        hub.asleep = True
+        self.emit(hub, range(5))
+        self.assertEqual(1, os.eventfd_read(hub.waker.fileno()))
+
+    def test_rest_is_sent_without_a_wait(self):
+        self.patch('_CHUNK_MAX', 500)
+        self.patch('_SEND_MAX', 1000)
+        hub, client = self.make_woken_hub()
+        self.emit(hub, range(50))
+        before = time.monotonic()
+        while account(client.read()) < 50:
+            hub.turn(WAIT)
+        self.assertLess(time.monotonic() - before, PROMPT)
+
+    def test_idle_loop_waits_for_ever(self):
+        hub, timeouts = self.make_hub(), []
+        self.connect(hub)
+        hub.turn()
+        end = hub.on_select(lambda timeout: timeouts.append(timeout) or [])
+        hub.turn(None)
+        end()
+        self.assertIsNone(timeouts[0])
+
+    def test_no_wake_up_is_missed(self):
+        self.switch_threads_often()
+        hub, client = self.start_hub()
+        for number in range(600):
+            sys.setswitchinterval((1e-6, 1e-4, 5e-3)[number % 3])
+            self.emit(hub, [number])
+            self.assertEqual(number + 1, account(client.wait(number + 1)))
+
+    def test_thread_that_could_not_start_is_tried_again(self):
+        hub = SteppedHub(self.make_settings(), stepped=False)
+        self.addCleanup(hub.close)
+        with fixtures.MonkeyPatch('threading.Thread.start', none_left):
+            self.emit(hub, range(1))
+        wait_until(lambda: self.emit(hub, range(1)) or hub.served)
+
+    def test_loop_whose_start_was_interrupted_is_known(self):
+        start = threading.Thread.start
+
+        def interrupted(thread):
+            start(thread)
+            raise KeyboardInterrupt
+
+        hub = SteppedHub(self.make_settings(), stepped=False)
+        with fixtures.MonkeyPatch('threading.Thread.start', interrupted):
+            self.assertRaises(KeyboardInterrupt, hub.start)
+        self.await_service()
+        hub.close()
+        self.assertFalse(hub.thread.is_alive())
+        self.assertFalse(os.path.exists(self.path))
+
+    def test_loop_whose_start_never_began_is_started_again(self):
+        hub = SteppedHub(self.make_settings(), stepped=False)
+        self.addCleanup(hub.close)
+
+        def interrupted(thread):
+            raise KeyboardInterrupt     # of a signal's handler
+
+        with fixtures.MonkeyPatch(
+                unix_notifier.__name__ + '._start', interrupted):
+            self.assertRaises(KeyboardInterrupt, hub.start)
+        hub.start()
+        self.await_service()
+
+    def test_close_that_does_not_wait_leaves_one_turn(self):
+        """A loop that had it for long gives it back to nobody."""
+        hub, _ = self.start_hub()
+        held, go = threading.Event(), threading.Event()
+
+        def hold():
+            with hub.taken():
+                held.set()
+                go.wait(WAIT)
+
+        holder = threading.Thread(target=hold)
+        holder.start()
+        held.wait(WAIT)
+        hub.close()
+        go.set()
+        holder.join(WAIT)
+        self.assertEqual(1, hub.tokens)
+
+    def test_close_before_the_loop_has_started(self):
+        hub = SteppedHub(self.make_settings(), stepped=False)
+        with fixtures.MonkeyPatch('threading.Thread.start', lambda _: None):
+            hub.start()
+        hub.close()
+
+    def test_surprise_in_the_loop_is_logged_and_survived(self):
+        self.patch('_Backoff.MAX', 0.01)
+        hub, client = self.start_hub()
+        hub.hand_over(False)
+        failures = [ZeroDivisionError()] * 3
+
+        def fail():
+            if failures:
+                raise failures.pop()
+
+        hub.on_flush(fail)
+        self.emit(hub, range(1))
+        self.assertEqual(1, account(client.wait(1)))
+        self.assertLogged('Traceback')
 
 
 class EndTest(HubCase):
@@ -3033,7 +3142,7 @@ class EndTest(HubCase):
         self.patch('_EXIT_TIME', 0.1)
         hub, _ = self.start_hub()
         stuck, go = threading.Event(), threading.Event()
-        hub.on_look_after_path(lambda: stuck.set() or go.wait(WAIT))
+        hub.on_work(lambda: stuck.set() or go.wait(WAIT))
         hub.waker.set()
         self.assertTrue(stuck.wait(WAIT))
         self.assertLess(self.close(hub), PROMPT)
@@ -3072,6 +3181,22 @@ class EndTest(HubCase):
         del hub
         self.assertEqual(before, open_files())
 
+    def test_child_hands_nothing_over_by_a_number_of_its_parents(self):
+        """A green thread that was amid notify() goes on in the child."""
+        hub = self.make_hub()
+        client = self.connect(hub)
+        hub.hand_over(True)
+        self.assertTrue(hub.ready)
+
+        def child():
+            hub.abandon(certain=True)
+            self.emit(hub, range(1))
+            if hub.ready or not hub.queued:
+                raise AssertionError
+
+        self.assertEqual('', in_child(child))
+        self.assertServed(hub, client)
+
     def test_child_closes_what_it_inherited_and_the_parent_notices_nothing(
             self):
         hub = self.make_hub(sock_buffer_size=65536)
@@ -3107,7 +3232,7 @@ class EndTest(HubCase):
                     os.close(number)
                 else:
                     self.assertRaises(OSError, os.close, number)
-            os.close(hub.selector_fileno)       # it may be anybody's
+            os.close(hub.selector.fileno())       # it may be anybody's
 
         for reuse in (False, True):
             self.assertEqual('', in_child(functools.partial(child, reuse),
@@ -3488,30 +3613,38 @@ class ReleaseNoteTest(TestCase):
 # RELAY: all processes of a user on one path
 # ---------------------------------------------------------------------------
 
-class SteppedRelayHub(SteppedHub, unix_notifier._RelayHub):
+class SteppedRelayHub(SteppedHub):
     """A hub of a process that shares its path, in the words of the tests."""
 
-    half_sent = inside('_uplink.offset')    # bytes of a line
+    roles = unix_notifier._Follower, unix_notifier._Relay
+    half_sent = inside('loop.role._uplink.offset')   # bytes of a line
     follows = property(
-        lambda self: getattr(self._uplink, 'greeted', False))
-    leads = property(lambda self: self._uplink is None)
+        lambda self: not self.leads and self.loop.role._uplink.greeted)
+    leads = property(lambda self: self.served)
+    passed = inside('loop.role._passed.sock')
+    presence = inside('loop.role._presence')
+    uplink = inside('loop.role._uplink')
     looks_at = property(lambda self: tuple(each.fileno() for each in (
-        self._passed.sock, self._presence, self._uplink.sock)))
+        self.passed, self.presence, self.uplink.sock)))
     relay_watched = property(
-        lambda self: self._relay.sock in self._selector.get_map())
+        lambda self: self.loop.path.bound['.relay'].sock
+        in self.loop.files._selector.get_map())
     before_disconnect = functools.partialmethod(
-        SteppedHub._hook, '_uplink.disconnect')
-    before_hello_is_parsed = functools.partialmethod(SteppedHub._hook, '_own')
+        SteppedHub._hook, 'loop.role._uplink.disconnect')
+    before_hello_is_parsed = functools.partialmethod(
+        SteppedHub._hook, 'loop.files.own')
 
     def die(self):
         """As a process that is killed: its descriptors close, no more."""
-        self._closing = True
-        for follower in self._followers:
-            follower.sock.close()
-        self._close_files()
+        self.loop.closing = True
+        if self.leads:
+            for source in self.loop.role._others.sources:
+                source.sock.close()
+        self.loop.files.close()
 
     def uplink_ends(self):
-        self._part(self._uplink, 'a test')
+        self.loop.fanout.part(self.loop.role._uplink, 'a test')
+        self.turn()
 
 
 class RelayCase(HubCase):
@@ -3610,6 +3743,44 @@ class RelayStartTest(RelayCase):
         self.assertQueued(follower, 0)
         follower.die()
         self.pump(leader, client, 20)
+
+    def test_fork_amid_a_hand_over_leaves_the_turn_to_parent_and_child(self):
+        self.patch_drivers()
+        driver = unix_notifier.UnixDriver(self.make_conf())
+        hub = driver._hub
+        self.addCleanup(unix_notifier._hubs.clear)
+        self.addCleanup(hub.close)
+        self.await_service()
+        client = self.connect()
+        driver.notify({}, numbered(0), 'INFO', None)
+        client.wait(1)
+        wait_until(lambda: hub.asleep and hub.ready)
+        held, go = threading.Event(), threading.Event()
+        hub.on_hand_over(lambda: held.set() or go.wait(WAIT))
+        amid = threading.Thread(target=driver.notify, args=(
+            {}, numbered(1), 'INFO', None))
+        amid.start()
+        held.wait(WAIT)
+        reader, writer = os.pipe()
+
+        def child():
+            driver.notify({}, numbered(2), 'INFO', None)
+            os.write(writer, b'x')      # it did not wait for the parent's
+            unix_notifier._at_exit()
+
+        texts = []
+        forker = threading.Thread(target=lambda: texts.append(in_child(child)))
+        forker.start()
+        self.assertEqual(b'x', os.read(reader, 1))
+        go.set()
+        for each in amid, forker:
+            each.join(WAIT)
+        self.assertEqual([''], texts)
+        os.close(reader)
+        os.close(writer)
+        client.wait(3)
+        self.assertEqual([0, 1, 2], sorted(
+            each['payload']['n'] for each in client.messages))
 
     def test_line_as_a_start_has_failed_leaves_the_flag_up(self):
         self.addCleanup(listen(self.path).close)    # somebody may be there
@@ -3788,6 +3959,75 @@ class RelayPathTest(RelayCase):
         wait_until(settled)
         leader, = (hub for hub in hubs if hub.leads)
         return leader
+
+    def test_who_leads_knows_at_once_that_nobody_is_there(self):
+        """It does not sleep before, with the gate open for who waits."""
+        hub = SteppedRelayHub(self.make_settings(), stepped=False)
+        self.addCleanup(hub.close)
+        hub.start()
+        wait_until(lambda: hub.served and not hub.gate_open)
+
+    def test_who_has_taken_over_keeps_nothing_for_who_might_have_waited(self):
+        leader, follower = self.make_pair()
+        self.connect(leader)
+        self.step(leader, follower)
+        leader.die()
+        self.emit(follower, range(1))       # is owed to who waits
+        gc.collect()
+        gc.disable()
+        self.addCleanup(gc.enable)
+        self.settle(follower)
+        self.step(follower)
+        late = self.connect(follower)
+        for number in range(100):
+            self.emit(follower, range(number, number + 1))
+            self.step(follower)
+        self.assertEqual(100, len(late.read()))
+        self.assertGreater(50, sum(isinstance(each, unix_notifier._Chunk)
+                                   for each in gc.get_objects()))
+
+    def test_follower_that_cannot_watch_the_leader_tries_again(self):
+        leader, follower = self.make_pair()
+        other = self.make_newcomer(leader.settings)
+        other.turn()
+        with mock.patch.object(
+                other.selector, 'register', autospec=True,
+                side_effect=OSError(errno.ENOSPC, 'too many are watched')):
+            other.look_again()
+        self.assertIs(leader, self.settle(leader, follower, other))
+
+    def test_leader_that_cannot_watch_a_follower_hangs_up(self):
+        leader, follower = self.make_pair()
+        other = self.make_newcomer(leader.settings)
+        other.turn()
+        register = leader.selector.register
+        errors = [OSError(errno.ENOSPC, 'too many are watched')]
+
+        def fail_once(*args):
+            if errors:
+                raise errors.pop()
+            return register(*args)
+
+        with mock.patch.object(leader.selector, 'register', fail_once):
+            leader.turn()
+        self.assertEqual([], errors)
+        self.assertIs(leader, self.settle(leader, follower, other))
+
+    def test_subscriber_that_ended_is_no_concern_of_the_next_role(self):
+        leader, follower = self.make_pair()
+        client = self.connect(leader)
+        client.sock.shutdown(socket.SHUT_WR)    # only a send will tell
+        self.step(leader, follower)
+        client.sock.close()
+        for name in os.listdir(self.dir):
+            os.unlink(os.path.join(self.dir, name))
+        other = self.make_newcomer(leader.settings)
+        other.turn()
+        self.emit(follower, range(1))   # which fails as the leader resigns
+        self.step(follower)
+        leader.look_again()
+        self.assertFalse(leader.leads)
+        self.assertIs(other, self.settle(leader, follower, other))
 
     def test_follower_goes_on_with_the_listener_of_a_leader_that_left(self):
         leader, follower = self.make_pair()
@@ -3990,10 +4230,11 @@ class RelayPathTest(RelayCase):
         newcomer = self.make_newcomer(leader.settings)
         newcomer.look_again(8)
         # It does not disturb one that is about to leave.
-        self.assertFalse(select.select([leader.selector_fileno], [], [], 0)[0])
+        selector = leader.selector.fileno()
+        self.assertFalse(select.select([selector], [], [], 0)[0])
         newcomer.look_again()
         # Which wakes the leader, idle as it is.
-        self.assertTrue(select.select([leader.selector_fileno], [], [], 0)[0])
+        self.assertTrue(select.select([selector], [], [], 0)[0])
         leader.overdue()
         self.step(leader)
         self.assertTrue(os.path.exists(self.path + '.relay'))
@@ -4090,23 +4331,18 @@ class RelayWordsTest(RelayCase):
         one = line(0)
         for block, expected in (
                 (b'', []), (one, [(1, 0)]), (one * 3, [(3, 0)]),
-                (b'-5 late\n', [(0, 5)]), (b'-0 look\n' * 9, []),
-                (b'-1 a\n-0 z\n-3 b\n', [(0, 4)]),
+                (b'-5 late\n', [(0, 5, 'late')]), (b'-0 look\n' * 9, []),
+                (b'-1 a\n-0 z\n-3 b\n', [(0, 4, 'b')]),
                 (one + b'-1 a\n-1 a\n' + one * 2 + b'-2 b\n',
-                 [(1, 0), (0, 2), (2, 0), (0, 2)]),
-                (b'-1 x\n' * 50000, [(0, 50000)]),
-                (b'-%s x\n' % (b'9' * 18) * 2, [(0, 10 ** 18 - 1)]),
+                 [(1, 0), (0, 2, 'a'), (2, 0), (0, 2, 'b')]),
+                (b'-1 x\n' * 50000, [(0, 50000, 'x')]),
+                (b'-%s x\n' % (b'9' * 18) * 2, [(0, 10 ** 18 - 1, 'x')]),
                 # Where there are too many places, at the first.
-                ((b'{}\n-1 x\n') * 50000, [(0, 50000), (50000, 0)])):
+                ((b'{}\n-1 x\n') * 50000, [(0, 50000, 'x'), (50000, 0)])):
             chunks = list(unix_notifier._chunks(block))
             self.assertEqual(expected, [each[1:] for each in chunks])
-            for data, lines, lost in chunks:
-                self.assertEqual(lines or 1, data.count(b'\n'))
-                if lost:
-                    self.assertEqual(lost, parse(data)['payload']['lost'])
-        data, = (data for data, _, _ in unix_notifier._chunks(
-            b'-0 look\n-1 less\n-2 more\n'))
-        self.assertEqual('more', parse(data)['payload']['reason'])
+            for data, lines, *_ in chunks:
+                self.assertEqual(lines, data.count(b'\n'))
 
     def test_nonsense_costs_nothing_that_precedes_it(self):
         for nonsense in (b'-\n', b'-1\n', b'-x y\n', b'--1 y\n', b'-1 \xff\n',

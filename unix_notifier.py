@@ -40,16 +40,26 @@ themselves.
 What a service can rely on: ``notify()`` never blocks, never raises and never
 logs. It serializes, and sends the line itself where that is plainly possible.
 Else it appends it to a queue and wakes the loop, a daemon thread that does
-everything else. Who may do what:
+everything else. Who may touch what:
 
-==================  =====================================================
-any thread          appends to the queue; reads the gate; wakes the loop
-who has the turn    all else: takes from the queue, owns the lock file, the
-                    listener, the subscribers and the backlog, sets the gate
-==================  =====================================================
+=================  ========================================================
+any thread         ``UnixDriver``; ``_Hub``: start(), and close() at exit;
+                   ``_Inbox``: the queue, the gate, what was dropped;
+                   ``_HandOver``: the one send in notify(), with the turn
+who has the turn   ``_Loop``, and all that it holds: ``_Log``, ``_Visits``,
+                   ``_Files``, ``_Path`` with its ``_Lock``, ``_Fanout``
+                   with the ``_Backlog``, and the role: ``_Seeker``,
+                   ``_Leader`` with ``_Door``, ``_Places`` and ``_Relay``,
+                   or ``_Follower``. The role owns its streams, the
+                   ``_Subscriber`` of each or the ``_Uplink``
+any reader         ``_Subscription``, ``_Listener``: a lock, or one thread
+=================  ========================================================
 
-The loop has the turn from its waking to its sleeping, the exit handler once
-the loop has ended, and ``notify()`` if nobody has it, for a single send.
+The turn is held by the loop from its waking to its sleeping, by the exit
+handler once the loop has ended, and by ``notify()``, if nobody has it, for a
+single send, or for all where a loop would starve. Outside it the loop's thread
+sleeps, and looks at the path. The inbox is where they meet: what both sides
+write there they write in one step.
 """
 
 import _thread
@@ -138,6 +148,11 @@ _GIVE_WAY = 50e-6
 
 # What accept() says when the process or the machine has run out.
 _STARVED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+# Why we cannot lead, but another may: the lock is held, or not for us; or the
+# path is in use, by a leader, it may be, that has lost its lock.
+_LED = (errno.EAGAIN, errno.EPERM, errno.EACCES, errno.EADDRINUSE)
+
 
 # Connections that the kernel holds for us between two turns: a hundred readers
 # may come back at once. While more than so many come within a second it is
@@ -516,7 +531,7 @@ def _at_least(limit):
 
 def _read_settings(conf):
     """Read and check the options; a ValueError names one and its limit."""
-    group = conf[_GROUP]    # hides what goes wrong: out here, no option is it
+    group = conf[_GROUP]    # not below: what fails here is no fault of one
 
     def read(name, parse=lambda value: value):
         try:
@@ -667,15 +682,19 @@ class _Lock:
 
     def intact(self):
         """Whether the lock is held, and on the file that others would open."""
-        return self.fd is not None and _is_at(
-            self.path, _identity(os.fstat(self.fd)))
+        try:
+            return self.fd is not None and _is_at(
+                self.path, _identity(os.fstat(self.fd)))
+        except OSError:     # others have closed the number
+            return False
 
     def close(self):
         """Only close: LOCK_UN in a forked child would free the parent's."""
         with _no_fork():    # a child would close what has the number by then
-            if self.fd is not None:
-                os.close(self.fd)
-                self.fd = None
+            fd, self.fd = self.fd, None
+            if fd is not None:
+                with contextlib.suppress(OSError):  # others have closed it
+                    os.close(fd)
 
 
 class _Bound:
@@ -703,9 +722,8 @@ class _Bound:
 def _bind(sock, path, mode, lock, gid=None, backlog=None):
     """Bind the socket; who connects is refused until it listens.
 
-    Mode and group are set in between, so that nobody slips in, and the
-    umask, which belongs to the whole process, is left alone. The lock names
-    it, for who comes after a crash.
+    Mode and group are set in between, so that nobody slips in; the umask is
+    the whole process's. The lock names it, for who comes after a crash.
 
     :param backlog: that it is to listen with, at last
     :raises: OSError, naming the path; nothing is left behind
@@ -719,12 +737,7 @@ def _bind(sock, path, mode, lock, gid=None, backlog=None):
         # write to the directory may have made it a link to another file.
         file = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
         bound = _Bound(path, sock, _new_socket(os.fstat(file), now))
-        name = '/proc/self/fd/%d' % file
-        if not os.path.lexists(name):
-            raise OSError(errno.ENOENT, 'no /proc, by which to set its mode')
-        if gid is not None:     # a sandbox may forbid even to change nothing
-            os.chown(name, -1, gid)
-        os.chmod(name, mode)
+        _set_access(file, mode, gid)
         lock.write([bound])
         if backlog is not None:
             sock.listen(backlog)
@@ -737,6 +750,15 @@ def _bind(sock, path, mode, lock, gid=None, backlog=None):
     finally:
         if file is not None:
             os.close(file)
+
+
+def _set_access(file, mode, gid):
+    name = '/proc/self/fd/%d' % file
+    if not os.path.lexists(name):
+        raise OSError(errno.ENOENT, 'no /proc, by which to set its mode')
+    if gid is not None:     # a sandbox may forbid even to change nothing
+        os.chown(name, -1, gid)
+    os.chmod(name, mode)
 
 
 def _new_socket(info, now):
@@ -805,19 +827,23 @@ class _Chunk:
     A chunk without a next one is the tail: empty, and filled in place.
     """
 
-    __slots__ = ('data', 'lost', 'start', 'first', 'next')
+    __slots__ = ('data', 'lost', 'reason', 'start', 'first', 'next')
 
     def __init__(self, start, first):
         self.start = start  # bytes before it, since the backlog began
         self.first = first  # notifications before it, likewise
         self.data = b''
-        self.lost = 0       # notifications that it, a record, stands for
+        # Notifications that it, a record, stands for. Who sends it first
+        # writes it: until then, it has no data.
+        self.lost = 0
+        self.reason = None      # why they were lost
         self.next = None
 
-    def preceded(self, first, data, lost):
+    def preceded(self, first, data, lost, reason):
         """A chunk that one subscriber alone sends, before this one."""
         chunk = _Chunk(self.start, first)
         chunk.data, chunk.lost, chunk.next = data, lost, self
+        chunk.reason = reason
         return chunk
 
 
@@ -835,10 +861,10 @@ class _Backlog:
         self.limit = limit
         self.tail = _Chunk(0, 0)
 
-    def append(self, data, lines, lost=0):
-        """Add a chunk of whole lines, or a record of losses."""
+    def append(self, data, lines, lost=0, reason=None):
+        """Add a chunk of whole lines, or of losses, without data."""
         chunk = self.tail
-        chunk.data, chunk.lost = data, lost
+        chunk.data, chunk.lost, chunk.reason = data, lost, reason
         chunk.next = self.tail = _Chunk(
             chunk.start + len(data) + _CHUNK_COST,
             chunk.first + lines + lost)
@@ -860,9 +886,15 @@ class _Backlog:
 
 
 class _Subscriber:
-    """A connected socket, and a cursor in the backlog. The loop's alone."""
+    """A connected socket, and a cursor in the backlog. With the turn."""
 
-    def __init__(self, sock, backlog, who, uid=None):
+    slow = 'subscriber too slow'    # why it loses
+
+    def __init__(self, sock, backlog, who, uid=None, start=None):
+        """Make it.
+
+        :param start: a stream at whose cursor it begins, not at the tail
+        """
         self.sock = sock
         self.who = who
         self.uid = uid
@@ -870,11 +902,13 @@ class _Subscriber:
         self.blocked = False    # the kernel takes no more for now
         self.half_closed = False    # it will send no more, but reads on
         self.discarded = 0      # bytes it sent us
+        self.ended = None       # why, once it is to be seen off
         # The cursor.
-        self.chunk = backlog.tail
-        self.offset = 0         # bytes of the chunk that were sent
+        self.chunk = start.chunk if start else backlog.tail
+        self.offset = start.offset if start else 0  # bytes that were sent
         # The account, in notifications: see received().
-        self.joined = self.chunk.first
+        self.joined = self.chunk.first + self.chunk.data.count(
+            b'\n', 0, self.offset)
         self.lost = 0           # reported as lost
         self.lagging = None     # ``lost`` when it began to lag
 
@@ -891,8 +925,8 @@ class _Subscriber:
         """What there is to send."""
         chunk = self.chunk
         while chunk.next:
-            if not chunk.data:      # of a record that trim() has put there
-                chunk.data = self.lost_line(chunk.lost)
+            if not chunk.data:
+                chunk.data = self.lost_line(chunk.lost, chunk.reason)
             yield chunk
             chunk = chunk.next
 
@@ -918,8 +952,7 @@ class _Subscriber:
         self.blocked = sent < size
         self._advance(sent)
 
-    def lost_line(self, lost):
-        return _lost_record(lost, 'subscriber too slow')
+    lost_line = staticmethod(_lost_record)
 
     def _buffers(self):
         """What comes next, up to about _SEND_MAX bytes."""
@@ -969,9 +1002,10 @@ class _Subscriber:
                  else here.first + data.count(b'\n', 0, end))
         lost = chunk.first - after
         if lost:
-            chunk = chunk.preceded(after, b'', lost)
+            chunk = chunk.preceded(after, b'', lost, self.slow)
         if start < sent:
-            chunk = chunk.preceded(first, data[start:end], here.lost)
+            chunk = chunk.preceded(first, data[start:end], here.lost,
+                                   here.reason)
         self.chunk, self.offset = chunk, sent - start
         return lost > 0
 
@@ -1000,1118 +1034,13 @@ class _Subscriber:
 
 
 def _peer(sock):
-    """The pid and the uid of who connected, or else of who listens."""
-    return struct.unpack('3i', sock.getsockopt(
-        socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[:2]
+    """Who connected, or else who listens, in words; and the uid."""
+    pid, uid, _ = struct.unpack('3i', sock.getsockopt(
+        socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return 'pid %d, uid %d' % (pid, uid), uid
 
 
-# -- the loop ---------------------------------------------------------------
-
-_ONE = struct.pack('Q', 1)
-_count = ctypes.create_string_buffer(len(_ONE))     # of sets; nobody looks
-
-
-class _Event:
-    """An eventfd: readable while it is set. Half a socketpair's cost."""
-
-    def __init__(self, fd=None):
-        self._fd = -1 if fd is None else fd
-        if fd is None:
-            # On the number of a new socket, for eventlet hears of those: in
-            # a forked child it believes that numbers which we closed are
-            # still waited for, and would raise at every wait for this one.
-            with socket.socket(socket.AF_UNIX) as new:
-                fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-                self._fd = new.detach()     # or a green one would close it
-            os.dup2(fd, self._fd, inheritable=False)
-            os.close(fd)
-
-    def close(self, _close=os.close):   # there is no ``os`` at the very end
-        """Only where no thread can be about to write to it.
-
-        Else the last reference closes it, which such a thread holds: it must
-        not write to whatever gets the number next.
-        """
-        fd, self._fd = self._fd, -1     # None would be 0 to write()
-        if fd >= 0:
-            _close(fd)
-
-    __del__ = close
-
-    def fileno(self):
-        return self._fd
-
-    def set(self):
-        """Any thread; it keeps the GIL."""
-        _libc.write(self._fd, _ONE, ctypes.c_size_t(len(_ONE)))
-
-    def clear(self):
-        # Under eventlet, after a fork, one is reported that is not set, for
-        # which this fails.
-        _libc.read(self._fd, _count, ctypes.c_size_t(len(_ONE)))
-
-
-class _Gate:
-    """What notify() asks before it serializes: is anybody there?
-
-    ``open`` is the loop's answer. While it is False, the kernel knows of
-    those who have connected and whom the loop has not met yet.
-
-    No subscriber is missed. notify() finds the gate shut, looks, finds
-    nothing, and reads the gate again; let G be that moment. If the loop
-    opened the gate before G, notify() sees it. If it did so after G, it
-    accepted after the look, so the look would have found the connection
-    waiting. A look that was too late for its gate, which was replaced, sees
-    the new gate at G. (A number that was closed and taken by another file
-    can make a look say yes, which only costs a line to the loop.)
-    """
-
-    def __init__(self, look=bool, is_open=False):
-        self.open = is_open
-        self.look = look        # any thread; bool() is False
-
-
-def _poll(*filenos):
-    """A look at descriptors, in this order; 0.5 us, for it has no frame."""
-    # An array of struct pollfd. All threads share it: each keeps the GIL for
-    # the whole of the call.
-    pollfds = ctypes.create_string_buffer(b''.join(
-        struct.pack('ihh', fileno, select.POLLIN, 0) for fileno in filenos))
-    # Without an object for the number, of which Linux reads an int.
-    return functools.partial(
-        _libc.poll, ctypes.byref(pollfds), len(filenos), 0)
-
-
-def _keep_all():
-    """A look of who does not know: somebody may be there."""
-    return True
-
-
-class _Backoff:
-    """When to try again: from 10 ms, doubling to 1 s, jittered.
-
-    Jittered, so that workers that lost the same thing do not march in step.
-    """
-
-    MAX = 1
-
-    def __init__(self):
-        self.delay = 0
-        self.at = None          # time.monotonic(), or None when all is well
-
-    clear = __init__
-
-    def fail(self):
-        self.delay = min(max(2 * self.delay, 0.01), self.MAX)
-        jitter = random.uniform(0.5, 1)  # nosec B311
-        self.at = time.monotonic() + self.delay * jitter
-
-    def for_long(self):
-        """Whether it has for about a second, and is at its longest delay."""
-        return self.delay >= self.MAX
-
-
-def _now():
-    return time.strftime('%Y-%m-%d %H:%M:%S')
-
-
-class _Lasting:
-    """A trouble: since when it lasts, and when to say so again."""
-
-    def __init__(self):
-        self.since = _now()
-        self._delay = _AGAIN
-        self._next = time.monotonic() + _AGAIN
-
-    def due(self):
-        if time.monotonic() < self._next:
-            return False
-        self._delay = min(2 * self._delay, _AGAIN_MAX)
-        self._next = time.monotonic() + self._delay
-        return True
-
-
-class _Log:
-    """What a hub tells: who serves the path, and what keeps it from that.
-
-    A trouble is told of again while it lasts, at a try that is made anyway;
-    who serves, when the path is looked after.
-    """
-
-    def __init__(self, path):
-        self._path = path
-        self.unsaid = None      # records, while nothing may be logged
-        self._state = None      # who serves
-        self.due = math.inf     # time.monotonic() to say that again
-        self._forget()
-
-    def _forget(self):
-        self._kinds = set()     # of troubles that were told of
-        self._tries = 0
-
-    def say(self, level, text, *args, exc_info=None):
-        record = (level, 'Notifications on %s: ' + text, self._path, *args)
-        if self.unsaid is not None:
-            self.unsaid.append(record)
-            return
-        with _no_fork():
-            LOG.log(*record, exc_info=exc_info)
-
-    def serves(self, state, anew=True):
-        """Who serves from now on; it is told if it is new."""
-        if anew or state != self._state:
-            self._state, self._began = state, _now()
-            self.due = time.monotonic() + _AGAIN
-            self.say(logging.INFO, '%s', state)
-
-    def fault(self, error, exc_info=None):
-        """Something failed, and will be tried again."""
-        kind, more = (type(error), getattr(error, 'errno', None),
-                      getattr(error, 'filename', None)), ''
-        self._tries += 1
-        self._last = str(error)
-        if not self._kinds:
-            self._trouble = _Lasting()
-        elif kind in self._kinds:
-            if not self._trouble.due():
-                return
-            more = ' since ' + self._trouble.since
-        self._kinds.add(kind)
-        self.say(logging.WARNING, '%s; trying again%s', error, more,
-                 exc_info=exc_info)
-
-    def well(self):
-        """Nothing failed."""
-        if self._kinds:
-            self.say(logging.WARNING, 'all is well again: %s; tried %d times '
-                     'since %s: %s', self._state, self._tries,
-                     self._trouble.since, self._last)
-            self._forget()
-        elif time.monotonic() > self.due:
-            self.due = time.monotonic() + _DAY
-            self.say(logging.INFO, '%s, since %s', self._state, self._began)
-
-
-class _Visits:
-    """The log of who comes and goes: a line a second, at most.
-
-    For whoever may connect may do so in a loop. The first are told of when
-    their turn ends, the others when the second is over.
-    """
-
-    def __init__(self, say):
-        self._say = say
-        self._next = 0          # no line sooner
-        self._forget()
-
-    def _forget(self):
-        self.at = None          # when there is something to tell, if there is
-        self.came = 0           # how many, since the last line
-        self._texts = []
-        self._events = collections.Counter()
-        self._peers = collections.Counter()
-
-    def note(self, event, who, more=''):
-        if len(self._texts) < _VISITS_NAMED:
-            self._texts.append('subscriber %s: %s%s' % (event, who, more))
-        self._events[event] += 1
-        self._peers[who] += 1
-        self.came += event != 'parted'
-        self.at = self._next
-
-    def tell(self):
-        """Log what was noted; returns whether it is a crowd that comes."""
-        if self._events.total() > len(self._texts):
-            self._texts = ['subscribers %s; most often %s' % (
-                ', '.join('%s: %d' % each for each in self._events.items()),
-                '; '.join('%s: %d times' % each
-                          for each in self._peers.most_common(3)))]
-        if self._texts:
-            self._say(logging.INFO, '; '.join(self._texts))
-        crowd = self.came > _CROWD
-        self._next = time.monotonic() + _VISITS_INTERVAL
-        self._forget()
-        if crowd:
-            self.at = self._next    # look again
-        return crowd
-
-
-class _Token:
-    """The turn: who has it does the loop's work, and no other thread does.
-
-    The loop has it from its waking to its sleeping, notify() for a single
-    send, if it can be had. No lock: monkey patching makes those green, and
-    of green threads and native ones both may call notify().
-    """
-
-    def __init__(self):
-        self.free = collections.deque([True])   # empty while someone has it
-
-    def __enter__(self):
-        while True:
-            try:
-                return self.free.pop()
-            except IndexError:
-                time.sleep(_GIVE_WAY)   # for notify() to send
-
-    def __exit__(self, *_exception):
-        self.free.append(True)
-
-    def outwait(self, seconds):
-        """Wait so long for who has it, and then take it for gone.
-
-        At exit, for the handler of a signal may run the exit handlers amid
-        notify(); and in a forked child, which does not have that thread.
-        """
-        until = time.monotonic() + seconds
-        while not self.free and time.monotonic() < until:
-            time.sleep(_GIVE_WAY)
-        if not self.free:
-            self.free = collections.deque([True])
-
-
-class _Hub:
-    """All drivers of a process on one path: one queue, one loop.
-
-    emit(), drop(), start() and close() are for any thread, and never block
-    but for close(). The rest runs in the loop: in its thread or, once that
-    has ended, in close(). A test may call _turn() without any thread.
-    """
-
-    def __init__(self, settings):
-        self.settings = settings
-        self._log = _Log(settings.path)
-        self._say = self._log.say
-        self._pid = os.getpid()     # whose it is; None in a forked child
-        # Any thread.
-        self._queue = collections.deque()   # lines, and pads (None)
-        self._room = self.settings.buffer_size // _QUEUE_UNIT
-        self._ahead = self._room // 2   # from here on they give way
-        self._drops = itertools.count()     # next() is atomic, += is not
-        self._gap = None        # the last drop, or one of the last
-        self._gap_seen = None   # by the loop: nothing is queued till then
-        self._asleep = True     # the loop must be woken, or started
-        self._gate = _Gate(_keep_all, True)     # until the first claim
-        self._starting = threading.Lock()   # tried, never waited for
-        self._thread = self._waker = None
-        self._no_thread = None  # why there was none
-        self._token = _Token()      # of whoever has the turn
-        self._closing = False
-        self._checked = time.monotonic()    # when the path was looked after
-        # Whoever has the turn: mostly the loop.
-        self._credit = 0        # time.monotonic() until which it is used up
-        self._selector = self._bound = None
-        self._files = weakref.WeakKeyDictionary()   # all, from _own()
-        self._lock = _Lock(self.settings.path + '.lock')
-        self._handed = []       # RELAY's joint: chunks from other processes
-        self._subscribers = {}  # an ordered set
-        self._backlog = _Backlog(self.settings.buffer_size)
-        self._rest = None       # a line, and how much of it was handed over
-        self._unsent = False    # someone may be sent more at once
-        self._late = False      # others want the GIL: it is kept where it can
-        self._retry = _Backoff()    # for the path
-        self._reserve = None    # a descriptor to give up when there is none
-        self._starved = None    # accepting fails for want of descriptors
-        self._recovered = False     # it did, which is yet to be told
-        self._visits = _Visits(self._say)
-        self._visited = False   # by someone who came, went or talked
-        self._rested = self._worked = 0     # see _slow_down()
-        self._listens = _BACKLOG    # what the kernel was told
-        self._held = _BACKLOG   # how many it may hold by now
-        self._swept = False     # of those who are gone, in this turn
-        self._refusals = {}     # records of this turn
-        self._pause = _Backoff()    # and refusing fails, too
-        self._drops_read = 0    # what next(_drops) gives if none was since
-        self._lost = 0          # drops that a record is due for
-
-    # Any thread.
-
-    def emit(self, message):
-        """Queue a notification for whoever is connected; else drop it."""
-        gate = self._gate
-        if not gate.open and not self._anyone(gate):
-            return
-        queued = len(self._queue)
-        if self._gap is not self._gap_seen or queued >= self._room:
-            self.drop()
-            return
-        line = _encode(message, self.settings.mask_secrets)
-        if self._gap is not self._gap_seen or len(line) > _LINE_MAX:
-            self.drop()
-            return
-        if queued or len(line) > _SHORT or not self._hand_over(line):
-            # In one step, so that the loop never finds a line without pads;
-            # and no call, after which a signal's handler might raise.
-            queue = self._queue
-            queue += (line,) + (None,) * (len(line) // _QUEUE_UNIT)
-        elif self._rest is None:
-            return
-        # The loop raises the flag before it looks at the queue for the last
-        # time. We append before we read the flag. One sees the other.
-        try:
-            if self._asleep:
-                self._wake()
-            if queued > self._ahead:
-                self._give_way()
-        except Exception:  # nosec B110
-            pass        # out of stack; it is queued, and the next one wakes
-
-    def _hand_over(self, line):
-        """Send the line here and now, if that plainly can be; whether it was.
-
-        Then it is out of this process, whatever becomes of that. It saves the
-        waking and the loop's wait for the GIL, too. Only to a single stream,
-        which is not behind: all else is left to the loop, as are errors and
-        the rest of a line.
-        """
-        if len(self._subscribers) != 1:     # _ready() looks again, with the
-            return False                    # turn, which would be for nothing
-        now, size, sent = time.monotonic(), len(line), []
-        free = self._token.free
-        if not free or self._credit - now > _HAND_OVERS * _HAND_OVER_TIME:
-            return False
-        try:
-            # A signal's handler may raise after any call, which this is not.
-            del free[0]
-        except IndexError:      # another thread was faster
-            return False
-        try:
-            try:
-                stream = self._ready()
-                if stream is None:
-                    return False
-                self._credit = max(self._credit, now) + _HAND_OVER_TIME
-                # What map() calls has left its result in the list by then.
-                sent.extend(map(_libc.send, (stream.sock.fileno(),), (line,),
-                                (ctypes.c_size_t(size),), (_AT_ONCE,)))
-            finally:    # without a call, or a frame, until all is noted
-                if sent and sent[0] == size:
-                    self._backlog.tail.first += 1   # as if it had been there
-                elif sent and sent[0] > 0:
-                    self._rest = line, sent[0]
-                free.append(True)
-            if now - self._checked > _CHECK_INTERVAL and self._asleep:
-                self._wake()    # to look after the path: see _turn()
-        except BaseException as error:
-            if self._rest is not None:
-                self._wake()
-            if not sent or not isinstance(error, Exception):
-                raise
-        return sent[0] > 0
-
-    def _ready(self):
-        """The only stream, if it was sent all there was, and none waits.
-
-        Whatever this thread emitted before is in the queue, or else pending,
-        or was sent: the loop moves it while it has the turn, which is ours.
-        """
-        if len(self._subscribers) != 1 or self._waiting():
-            return None
-        stream = next(iter(self._subscribers))
-        if stream.blocked or stream.pending():
-            return None
-        return stream if self._none_waits() else None
-
-    def _none_waits(self):
-        """Whether nobody has connected who must be accepted first."""
-        return not self._gate.look()
-
-    def _anyone(self, gate):
-        """See _Gate for why nobody is missed."""
-        while not gate.look():
-            if gate is self._gate and not gate.open:
-                if time.monotonic() - self._checked > _CHECK_INTERVAL:
-                    self._wake()
-                return False
-            gate = self._gate
-            if gate.open:
-                break
-        return True
-
-    def drop(self):
-        """Count a notification for which there is no room, at its place.
-
-        It opens a gap, behind which nothing is queued until the loop has
-        looked: at the gap, the count and the length of the queue, in this
-        order, before it closes the gap. So a gap that it saw is in the count,
-        and the record goes behind what is due: all that a thread queued
-        before it dropped something, and nothing that it queues later.
-        """
-        for self._gap in self._drops:
-            break       # no call, after which a signal's handler might raise
-        try:
-            if self._asleep:
-                self._wake()
-            if self._gap % _BATCH == _BATCH - 1:
-                self._give_way()    # it takes 0.5 us, the loop waits for 5 ms
-        except Exception:  # nosec B110
-            pass        # as in emit(); it is counted
-
-    def _give_way(self):
-        """Let the loop have the GIL.
-
-        A system call of the loop costs it the GIL for up to 5 ms while we
-        run flat out. Not when sleep is patched: that would switch to other
-        green threads, in the middle of the caller's.
-        """
-        if not _is_patched():
-            time.sleep(_GIVE_WAY)
-
-    def _wake(self):
-        waker = self._waker
-        if waker is None:
-            self.start()    # the flag stays up: it may fail
-            return
-        # Lowered first. After the loop has woken it is the loop's to raise;
-        # to lower it then would leave the loop asleep with the flag down.
-        self._asleep = False
-        try:
-            waker.set()
-        except BaseException:   # out of stack, or a signal handler raises
-            self._asleep = True     # or nobody would wake it again
-            raise
-
-    def start(self):
-        """Start the loop, if need be. Never raises.
-
-        Without a thread to be had (3.12 has none at exit) a later line
-        tries again, and close() does what is left to do.
-        """
-        if self._closing or not self._starting.acquire(blocking=False):
-            return
-        try:
-            if self._thread is None and (
-                    time.monotonic() > (self._retry.at or 0)):
-                # Known before it starts: a signal handler may raise as we
-                # wait for it to run.
-                self._thread = threading.Thread(
-                    target=self._run, name='unix-notifier', daemon=True)
-                _start(self._thread)
-                # A child of multiprocessing leaves without atexit. It runs
-                # its finalizers, which its bootstrap clears: not sooner.
-                if process.parent_process() is not None:
-                    util.Finalize(None, self.close, exitpriority=0)
-        except RuntimeError as error:
-            self._thread, self._no_thread = None, error
-            self._retry.fail()
-            self._checked = time.monotonic()
-            self._shut(error)
-        finally:
-            self._starting.release()
-
-    def close(self):
-        """Send what is queued, for a second at most, and free the path."""
-        if self._closing or self._pid != os.getpid():
-            return
-        self._closing = True
-        deadline = time.monotonic() + _EXIT_TIME
-        self._token.outwait(_EXIT_STALL)
-        if self._thread is not None:
-            if self._waker is not None:
-                self._waker.set()
-            with contextlib.suppress(RuntimeError):     # it never started
-                self._thread.join(_EXIT_TIME)
-            if self._thread.is_alive():
-                return      # stuck in a log handler, say; leave it its state
-        if self._thread is not None or self._selector or self._waiting():
-            self._leave(deadline)
-
-    def abandon(self, certain):
-        """In a forked child: leave to the parent what is its own.
-
-        It only closes: to unregister, unlock or shut down would reach the
-        parent, who shares all that. It does not log: locks may be held.
-
-        :param certain: whether nobody can have closed our numbers meanwhile,
-                        nor have been given them anew
-        """
-        self._pid = None    # a green thread survives a fork, and looks
-        self._token.outwait(0)  # it may wait for one that does not
-        files = dict(self._files)
-        if certain:     # to the last reference: no other thread is here
-            files.update(dict.fromkeys((self._selector, self._waker)))
-        for each, identity in files.items():
-            with contextlib.suppress(OSError, AttributeError):
-                if (identity == _file_id(each) if identity else certain):
-                    each.close()
-        if not certain:     # what is open must not be closed by its object
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
-
-    def _own(self, make, *args):
-        """A new file of ours, which a forked child is sure to know of."""
-        with _no_fork():
-            file = make(*args)
-            self._files[file] = _file_id(file)
-        return file
-
-    def _close_files(self):
-        for each in (*self._files, self._selector):
-            if each is not None:
-                with contextlib.suppress(OSError):  # closed by others
-                    each.close()
-
-    # The loop.
-
-    def _run(self):
-        if self._no_thread is not None:
-            self._log.fault(self._no_thread)    # notify() could not
-        while not self._closing and self._pid == os.getpid():
-            try:
-                if self._waker is None:
-                    with _no_fork():
-                        self._waker = _Event()
-                    continue    # close() did not have it to set
-                self._turn()
-            except Exception as error:
-                if self._pid == os.getpid():
-                    self._unsent = True     # whatever it was about to do
-                    if self._selector is None:
-                        self._checked = time.monotonic()
-                        self._shut(error)
-                    self._log.fault(error, not isinstance(error, OSError))
-                    time.sleep(_Backoff.MAX)
-
-    def _turn(self, limit=None):
-        """Wait for something to do, at most ``limit`` seconds, and do it.
-
-        What is due came from calls that may follow any connect() that has
-        returned. So: see how much is due, then accept who has come, then
-        take what is due.
-
-        :returns: whether there was anything to do
-        """
-        if self._selector is None:
-            with self._token:
-                self._open()
-        events = self._wait(limit)
-        self._look_at_path()
-        with self._token:
-            self._stay()
-            return self._work([(key.data, mask) for key, mask in events])
-
-    def _work(self, events):
-        """Do what is to be done; events are (callback or None, mask)."""
-        if self._rest is not None:
-            line, sent = self._rest
-            self._backlog.append(line, 1)
-            for stream in self._subscribers:
-                stream.offset = sent
-            self._rest = None
-        for callback, mask in events:
-            if callback is not None:
-                callback(mask)
-        self._look_after_path()
-        due = self._count()
-        handed, self._handed = self._handed, []
-        # Looked at now, whatever was reported before.
-        if self._bound is not None and (
-                self._pause.at or self._gate.look()):
-            self._accept()
-        self._take(due, handed)
-        self._flush()
-        if handed:
-            self._ahead = _BATCH    # others need the loop as much as we do
-        self._set_open(bool(self._subscribers))     # lowered here alone
-        if self._visits.at is not None and self._visits.at < time.monotonic():
-            self._tell_visits()
-        return bool(events or due or handed or self._unsent)
-
-    def _wait(self, limit):
-        timeout = 0
-        if not (self._waiting() or self._unsent):
-            self._asleep = True
-            if not self._waiting():     # after the flag: see emit()
-                timeout = self._timeout(limit)
-        events = self._selector.select(timeout)
-        if self._visited:
-            self._slow_down()
-        self._asleep = False
-        return events
-
-    def _slow_down(self):
-        """Let time pass if visits come without a pause; lines wait, too.
-
-        To accept just some of those who wait, and send, would break
-        connect() as the start. A fifth of the time is for work: under
-        eventlet, a turn with 64 subscribers takes milliseconds.
-        """
-        self._visited = False
-        now, worked = time.monotonic(), time.thread_time() - self._worked
-        if now - self._rested - worked < 2 * _REST:
-            end = min(self._rested + max(_REST, 5 * worked), now + _REST_MAX)
-            # Under eventlet another event of the same wait ends the sleep.
-            while (now := time.monotonic()) < end:
-                time.sleep(end - now)
-        self._rested, self._worked = now, time.thread_time()
-
-    def _stay(self):
-        """After a wait in which a green thread may have forked.
-
-        They all survive it, and this one may wake in the child, which has a
-        loop of its own.
-        """
-        if self._pid != os.getpid():
-            raise RuntimeError('not the loop of this process')
-
-    def _waiting(self):
-        """Whether publishers have left anything for the loop."""
-        return (bool(self._queue) or self._gap is not self._gap_seen
-                or self._rest is not None)
-
-    def _timeout(self, limit):
-        due = [each.at for each in (self._retry, self._pause, self._visits)
-               if each.at]
-        if limit is not None:
-            due.append(time.monotonic() + limit)
-        return max(0, min(due) - time.monotonic()) if due else None
-
-    def _open(self):
-        if self._selector is None:
-            # Looked up now: bound before monkey patching, it would block
-            # all green threads of the process.
-            with _no_fork():
-                selector = selectors.DefaultSelector()
-                if self._waker is not None:
-                    selector.register(self._waker, selectors.EVENT_READ,
-                                      lambda _: self._waker.clear())
-                self._selector = selector
-            self._check_path()
-
-    def _set_open(self, is_open):
-        self._gate.open = is_open
-
-    # The path.
-
-    def _look_at_path(self):
-        """Look whether all is still well, before the turn is taken.
-
-        Each system call gives up the GIL, which a busy thread returns after
-        5 ms: in notify(), this took 16 ms once a second. Meanwhile that goes
-        on to send. A turn that finds nothing to do has no such call, so that
-        no other thread sees it, and queues what its process does not live to
-        send.
-        """
-        now = time.monotonic()
-        if (self._retry.at is None and now > self._checked + _CHECK_INTERVAL
-                and self._intact()):
-            self._checked = now
-            self._log.well()
-
-    def _look_after_path(self):
-        if self._closing and self._bound is not None:
-            return      # who leaves does not come back
-        due = self._retry.at or self._checked + _CHECK_INTERVAL
-        if time.monotonic() > due:
-            self._check_path()
-
-    def _check_path(self):
-        """Own the path, or say once why not and when to try again."""
-        self._checked = time.monotonic()
-        try:
-            self._claim()
-        except OSError as error:
-            self._trouble(error)
-        else:
-            self._retry.clear()
-            self._log.well()
-
-    def _intact(self):
-        """Whether lock and path are still ours; 5 us."""
-        return self._lock.intact() and all(
-            each.intact() for each in self._owned())
-
-    def _trouble(self, error):
-        """We could not own the path: nobody can connect to us."""
-        self._retry.fail()
-        if self._bound is None:
-            self._shut(error)
-        self._log.fault(error)
-
-    def _shut(self, error):
-        """Have nothing kept for who cannot connect."""
-        self._gate = _Gate(is_open=bool(self._subscribers))
-
-    def _claim(self):
-        """Own the lock and the path, as they are now; or raise OSError."""
-        ours = self._bound is not None and self._bound.intact()
-        if not self._lock.intact():
-            self._lock.close()
-            try:
-                self._own(self._lock.acquire)
-            except BlockingIOError:
-                if self._bound is not None and not ours:
-                    self._resign()
-                raise
-            if ours:
-                self._lock.write(self._owned())
-        if not ours:
-            self._serve()
-
-    def _serve(self):
-        """Bind and listen. What was bound before has lost the path."""
-        if self._bound is not None:
-            self._accept()      # who came before the path was taken away
-        try:
-            bound = self._listener()
-        except OSError:
-            self._lock.close()  # whoever can may have the path
-            raise
-        old, self._bound = self._bound, bound
-        # In place before the old listener is closed: see _Gate.
-        self._gate = _Gate(_poll(bound.sock.fileno()),
-                           bool(self._subscribers))
-        self._announce()
-        if old is not None:
-            self._close_listener(old)
-        try:
-            self._listens = None
-            self._let_wait(_BACKLOG)
-            self._watch(bound.sock)
-        except OSError:
-            bound.unlink()      # or it would pass for served
-            raise
-        self._pause.clear()
-        self._keep_reserve()
-        self._log.serves('served with mode %04o, group %s, by pid %d' % (
-            self.settings.mode, self.settings.group or 'unchanged',
-            self._pid))
-
-    def _owned(self):
-        """What a new lock file has to name."""
-        return [self._bound]
-
-    def _make_way(self, path):
-        """Free the path of what the last owner of the lock bound there."""
-        _clear(path, self._lock.read().get(path))
-
-    def _listener(self):
-        path = self.settings.path
-        self._make_way(path)
-        gid = _gid(self.settings.group)
-        return _bind(self._own(_unix_socket), path, self.settings.mode,
-                     self._lock, gid)
-
-    def _announce(self):
-        """RELAY's joint: before it listens, tell who looks at it."""
-
-    def _let_wait(self, backlog):
-        """Tell the kernel how many may wait at the listener, less one."""
-        if self._bound is not None and self._listens != backlog:
-            self._listens = backlog
-            self._held = max(self._held, backlog)
-            self._bound.sock.listen(backlog)
-
-    def _close_listener(self, bound):
-        # First: a forked child may hold it open, and what happens to it
-        # would be reported here for ever.
-        self._unwatch(bound.sock)
-        bound.unlink()
-        _close(bound.sock)
-
-    def _watch(self, sock, callback=None, mask=selectors.EVENT_READ):
-        """Without a callback it only ends the wait."""
-        self._selector.register(sock, mask, callback)
-
-    def _unwatch(self, sock):
-        with contextlib.suppress(KeyError):
-            self._selector.unregister(sock)
-
-    def _resign(self):
-        """Another process owns the path: send the subscribers there."""
-        bound, self._bound = self._bound, None
-        self._gate = _Gate(_keep_all, True)     # until it is clear who serves
-        self._pause.clear()
-        self._close_listener(bound)
-        for subscriber in list(self._subscribers):
-            self._part(subscriber, 'another process took the path')
-
-    # Subscribers.
-
-    def _accept(self):
-        """Accept all that wait; the kernel hands them over in their order."""
-        paused = self._pause.at
-        if paused and time.monotonic() < paused:
-            return
-        self._set_open(True)    # before the first: see _Gate
-        self._visited, self._swept, self._refusals = True, False, {}
-        for _ in range(self._held + 2):     # one may fail, and take none
-            try:
-                sock = self._own(_accept, self._bound.sock)
-            except BlockingIOError:
-                break       # nobody waits any more
-            except OSError as error:
-                if error.errno in _STARVED and not self._spare(error):
-                    return
-            else:
-                self._admit(sock)
-        self._held = self._listens      # for all who waited are in
-        if self._visits.came > _CROWD:
-            self._let_wait(_CROWD_BACKLOG)
-        self._keep_reserve()
-        if paused:
-            self._pause.clear()
-            self._watch(self._bound.sock)
-
-    def _admit(self, sock):
-        pid, uid = _peer(sock)
-        who = 'pid %d, uid %d' % (pid, uid)
-        if self._reserve is None:
-            # It has the last, or waited in a pause and missed what was sent.
-            self._refuse(sock, who, 'the service is out of file descriptors')
-            return
-        self._recovered = self._starved is not None
-        subscriber = _Subscriber(sock, self._backlog, who, uid)
-        alive = subscriber.alive()
-        if alive and self._full() and not self._make_room(uid):
-            self._refuse(sock, who, 'sock_max_subscribers is %d'
-                         % self.settings.max_subscribers)
-            return
-        self._subscribers[subscriber] = None
-        self._visits.note('connected', who)
-        if alive:
-            self._rewatch(subscriber)
-        else:
-            self._part(subscriber, 'it is gone')
-
-    def _full(self):
-        """Whether all places are taken by subscribers that are still there.
-
-        One that half-closed is not watched, for the end of its stream would
-        be reported for ever; of others it may wait to be reported.
-        """
-        limit = self.settings.max_subscribers
-        if len(self._subscribers) >= limit and not self._swept:
-            self._swept = True
-            for subscriber in list(self._subscribers):
-                if not subscriber.alive():
-                    self._part(subscriber, 'it is gone')
-        return len(self._subscribers) >= limit
-
-    def _make_room(self, uid):
-        """Part the newest of the user with the most places; whether it was.
-
-        For a user who will have no more than the other has left, or they
-        would take turns.
-        """
-        places = collections.Counter(each.uid for each in self._subscribers)
-        greedy, most = places.most_common(1)[0]
-        if places[uid] + 2 > most:
-            return False
-        newest = next(each for each in reversed(self._subscribers)
-                      if each.uid == greedy)
-        if not newest.pending():    # else it is in the middle of a line
-            self._tell_why(newest.sock, 'a user who has fewer places takes it')
-        self._part(newest, 'uid %d has fewer places' % uid)
-        return True
-
-    def _refuse(self, sock, who, reason):
-        self._tell_why(sock, reason)
-        _hang_up(sock)
-        self._visits.note('refused', who, '; ' + reason)
-
-    def _tell_why(self, sock, reason):
-        if reason not in self._refusals:    # to make one may wait for the GIL
-            self._refusals[reason] = _record('notifications.refused',
-                                             reason=reason)
-        with contextlib.suppress(OSError):  # it may not wait for an answer
-            # It fits, if nothing was sent on this connection before.
-            _send_short(sock, self._refusals[reason])
-
-    def _tell_visits(self):
-        """Log who came and went, and have fewer wait if it is a crowd."""
-        crowd = self._visits.tell()
-        self._let_wait(_CROWD_BACKLOG if crowd else _BACKLOG)
-        if self._recovered:     # not at each change while some get in
-            self._starved, self._recovered = None, False
-            self._say(logging.WARNING, 'subscribers are accepted again')
-
-    def _spare(self, error):
-        """Give up the reserve, to refuse who waits; False if there is none.
-
-        Then accepting pauses: the listener stays readable and would be
-        reported for ever.
-        """
-        self._recovered = False
-        if self._starved is None or self._starved.due():
-            self._starved = self._starved or _Lasting()
-            self._say(logging.WARNING, 'subscribers are refused since %s: %s',
-                      self._starved.since, error)
-        reserve, self._reserve = self._reserve, None
-        if reserve is None:     # another thread was faster
-            self._unwatch(self._bound.sock)
-            self._pause.fail()
-            return False
-        reserve.close()
-        return True
-
-    def _keep_reserve(self):
-        with contextlib.suppress(OSError):
-            self._reserve = self._reserve or self._own(_unix_socket)
-
-    def _rewatch(self, subscriber):
-        """Have the selector watch for what the subscriber can do next."""
-        mask = subscriber.wanted()
-        if mask != subscriber.mask:
-            old, subscriber.mask = subscriber.mask, mask
-            if not mask:
-                self._unwatch(subscriber.sock)
-                return
-            # In one system call, where it can be.
-            watch = self._selector.modify if old else self._selector.register
-            watch(subscriber.sock, mask, functools.partial(
-                self._on_subscriber, subscriber))
-
-    def _on_subscriber(self, subscriber, mask):
-        if subscriber not in self._subscribers:
-            return      # it parted earlier in this turn
-        if mask & selectors.EVENT_READ:
-            self._visited = True
-            reason = subscriber.listen()
-            if reason is not None:
-                self._part(subscriber, reason)
-                return
-            self._rewatch(subscriber)
-        if mask & selectors.EVENT_WRITE:
-            self._send(subscriber)
-
-    def _part(self, subscriber, reason):
-        """End the stream of a subscriber, or take note that it has ended."""
-        del self._subscribers[subscriber]
-        if subscriber.mask:     # else it takes 30 us to find that it is not
-            self._unwatch(subscriber.sock)
-        _hang_up(subscriber.sock)
-        lost = subscriber.lost + sum(each.lost for each in subscriber.chunks())
-        self._visits.note('parted', subscriber.who, ', %d lines, %d lost; %s'
-                          % (subscriber.received(), lost, reason))
-
-    # Lines.
-
-    def _count(self):
-        """How much is due, and how much was dropped after it: see drop()."""
-        gap, drops, due = self._gap, next(self._drops), len(self._queue)
-        self._gap_seen = gap    # closed, unless there is a new one
-        self._lost += drops - self._drops_read
-        self._drops_read = drops + 1    # for we count, too
-        return due
-
-    def _take(self, due, handed):
-        """Move what is due to the backlog, in its order.
-
-        In batches, or queue, batch and chunks would be three copies of a
-        queue that is full.
-        """
-        self._room -= due   # in the backlog it takes as much; see _flush()
-        for size in range(due, 0, -_BATCH):
-            self._backlog.extend([self._queue.popleft()
-                                  for _ in range(min(size, _BATCH))])
-        if self._lost:
-            self._backlog.append(self._gap_line(
-                self._lost, 'queue full'), 0, self._lost)
-            self._lost = 0
-        for chunk in handed:
-            self._backlog.append(*chunk)
-
-    _gap_line = staticmethod(_lost_record)
-
-    def _flush(self):
-        """Send to all who take more, and hold the others to the bound."""
-        self._unsent = self._late = False
-        held = 0
-        for subscriber in list(self._subscribers):
-            if subscriber.pending() and not subscriber.blocked:
-                self._send(subscriber)
-            if subscriber in self._subscribers and subscriber.pending():
-                self._hold(subscriber)
-                held = max(held, self._backlog.behind(subscriber.chunk))
-                self._unsent |= not subscriber.blocked
-        # Queue and backlog share the memory; but one that lags must not
-        # leave too little room for those that do not.
-        limit = self._backlog.limit
-        self._room = max(limit - held, limit // 8) // _QUEUE_UNIT
-        # Half of the whole, be it in the queue or in the backlog; a quarter of
-        # what is left, where one that lags has most of it.
-        self._ahead = max(self._room - limit // 2 // _QUEUE_UNIT,
-                          self._room // 4)
-
-    def _send(self, subscriber):
-        begin = time.monotonic()
-        try:
-            subscriber.flush(self._late)
-        except OSError:
-            self._part(subscriber, 'it is gone')
-            return
-        if time.monotonic() - begin > _GIL_LATE:
-            self._late = True
-        self._rewatch(subscriber)
-        if subscriber.lagging is not None and not subscriber.pending():
-            self._say(logging.WARNING, 'subscriber caught up: %s; it lost %d '
-                      'notifications', subscriber.who,
-                      subscriber.lost - subscriber.lagging)
-            subscriber.lagging = None
-
-    def _hold(self, subscriber):
-        """Keep within the bound what the subscriber has yet to be sent."""
-        if subscriber.trim(self._backlog) and subscriber.lagging is None:
-            subscriber.lagging = subscriber.lost
-            self._say(logging.WARNING, 'subscriber lags by more than %d '
-                      'bytes and loses notifications: %s',
-                      self._backlog.limit, subscriber.who)
-
-    # The end.
-
-    def _leave(self, deadline):
-        """Serve who is there with what is there; then close, lock last.
-
-        Runs in the exit handler, once the loop has ended, for a turn at
-        least, and until time.monotonic() is ``deadline``.
-        """
-        with self._token:
-            self._open()
-            if self._bound is not None:
-                self._retry.clear()
-                self._cut_off()
-        self._turn(0)
-        accounted = self._backlog.tail.first
-        if self._bound is not None:
-            self._unwatch(self._bound.sock)
-            self._pause.at = math.inf   # who comes now is for the next leader
-        progress = time.monotonic()
-        while (any(each.pending() for each in self._subscribers)
-               and time.monotonic() < min(deadline, progress + _EXIT_STALL)):
-            unread = self._unread()
-            if self._turn(_EXIT_STALL) or self._unread() != unread:
-                progress = time.monotonic()
-        with self._token:
-            self._gate = _Gate()
-            # Else it owes, to who came meanwhile, what it emitted since.
-            if (self._lock.fd is not None and not self._waiting()
-                    and self._backlog.tail.first == accounted):
-                with contextlib.suppress(OSError):
-                    self._lock.vacate()
-            self._close_all()
-
-    def _unread(self):
-        """Bytes that the kernel still holds for subscribers.
-
-        One that reads slowly is at it long before its socket is writable:
-        for that it must have read three quarters of it.
-        """
-        return sum(struct.unpack('i', fcntl.ioctl(
-            each.sock, termios.TIOCOUTQ, bytes(4)))[0]
-            for each in self._subscribers if each.sock is not None)
-
-    def _cut_off(self):
-        """Let nobody in who is not there yet."""
-        self._bound.unlink()
-
-    def _close_all(self):
-        for subscriber in list(self._subscribers):
-            self._part(subscriber, 'the service stops')
-        self._visits.tell()
-        if self._bound is not None:
-            self._close_listener(self._bound)
-        self._close_files()
-
+# -- sockets ------------------------------------------------------------------
 
 def _is_patched():
     """Whether threads are green: to sleep is to let others run."""
@@ -2187,12 +1116,1549 @@ def _close(sock):
             _libc.pthread_detach(thread)
 
 
+# -- any thread ---------------------------------------------------------------
+
+_ONE = struct.pack('Q', 1)
+_count = ctypes.create_string_buffer(len(_ONE))     # of sets; nobody looks
+
+
+class _Event:
+    """An eventfd: readable while it is set. Half a socketpair's cost."""
+
+    def __init__(self, fd=None):
+        self._fd = -1 if fd is None else fd
+        if fd is None:
+            # On the number of a new socket, for eventlet hears of those: in
+            # a forked child it believes that numbers which we closed are
+            # still waited for, and would raise at every wait for this one.
+            with socket.socket(socket.AF_UNIX) as new:
+                fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+                self._fd = new.detach()     # or a green one would close it
+            os.dup2(fd, self._fd, inheritable=False)
+            os.close(fd)
+
+    def close(self, _close=os.close):   # there is no ``os`` at the very end
+        """Only where no thread can be about to write to it.
+
+        Else the last reference closes it, which such a thread holds: it must
+        not write to whatever gets the number next.
+        """
+        fd, self._fd = self._fd, -1     # None would be 0 to write()
+        if fd >= 0:
+            _close(fd)
+
+    __del__ = close
+
+    def fileno(self):
+        return self._fd
+
+    def set(self):
+        """Any thread; it keeps the GIL."""
+        _libc.write(self._fd, _ONE, ctypes.c_size_t(len(_ONE)))
+
+    def clear(self):
+        # Under eventlet, after a fork, one is reported that is not set, for
+        # which this fails.
+        _libc.read(self._fd, _count, ctypes.c_size_t(len(_ONE)))
+
+
+def _poll(*filenos):
+    """A look at descriptors, in this order; 0.5 us, for it has no frame."""
+    # An array of struct pollfd. All threads share it: each keeps the GIL for
+    # the whole of the call.
+    pollfds = ctypes.create_string_buffer(b''.join(
+        struct.pack('ihh', fileno, select.POLLIN, 0) for fileno in filenos))
+    # Without an object for the number, of which Linux reads an int.
+    return functools.partial(
+        _libc.poll, ctypes.byref(pollfds), len(filenos), 0)
+
+
+_yes = functools.partial(bool, True)    # somebody is, or may be, there
+_no = functools.partial(bool, False)    # nobody can be
+
+
+class _Inbox:
+    """All that publishers may touch: what they leave for the loop.
+
+    ``look`` is the gate, which notify() asks before it serializes: is anybody
+    there? It is ``_yes``, ``_no``, or a look of the kernel's at those who have
+    connected and whom the loop has not met yet.
+
+    No subscriber is missed. notify() looks, finds nothing, and reads the gate
+    again; let G be that moment. If the loop has changed the gate before G,
+    notify() looks once more, by the new one. If it did so after G, it
+    accepted after the look, so the look would have found the connection
+    waiting. (A number that was closed and taken by another file can make a
+    look say yes, which only costs a line to the loop.)
+    """
+
+    def __init__(self, settings, start):
+        """Make it.
+
+        :param start: to call where there is no loop to be woken
+        """
+        self._start = start
+        self._mask_secrets = settings.mask_secrets
+        self.hand_over = None   # _HandOver.send
+        self.look = _yes        # until it is clear who serves
+        self.lines = collections.deque()    # and pads (None)
+        self.room = settings.buffer_size // _QUEUE_UNIT
+        self.ahead = self.room // 2     # from here on they give way
+        self.rest = None        # a line, and how much of it was handed over
+        self.drops = itertools.count()  # next() is atomic, += is not
+        self.gap = None         # the last drop, or one of the last
+        self.asleep = True      # the loop must be woken, or started
+        self.waker = None
+        self.checked = time.monotonic()     # when the path was looked after
+        # These, look, room, ahead and rest: written by whoever has the turn.
+        self._gap_seen = None   # nothing is queued till then
+        self._drops_read = 0    # what next(drops) gives if none was since
+        self.lost = 0           # drops that a record is due for
+
+    def emit(self, message):
+        """Queue a notification for whoever is connected; else drop it."""
+        look = self.look
+        if not (look() or self._anyone(look)):
+            return
+        queued = len(self.lines)
+        if self.gap is not self._gap_seen or queued >= self.room:
+            self.drop()
+            return
+        line = _encode(message, self._mask_secrets)
+        if self.gap is not self._gap_seen or len(line) > _LINE_MAX:
+            self.drop()
+            return
+        if queued or len(line) > _SHORT or not self.hand_over(line):
+            # In one step, so that the loop never finds a line without pads;
+            # and no call, after which a signal's handler might raise.
+            lines = self.lines
+            lines += (line,) + (None,) * (len(line) // _QUEUE_UNIT)
+        elif self.rest is None:
+            return
+        # The loop raises the flag before it looks at the queue for the last
+        # time. We append before we read the flag. One sees the other.
+        try:
+            if self.asleep:
+                self.wake()
+            if queued > self.ahead:
+                self._give_way()
+        except Exception:  # nosec B110
+            pass        # out of stack; it is queued, and the next one wakes
+
+    def _anyone(self, look):
+        """Whether the gate has changed since, and then finds anybody."""
+        while look is not self.look:
+            look = self.look
+            if look():
+                return True
+        self.wake_if_due(time.monotonic())
+        return False
+
+    def wake_if_due(self, now):
+        """Have the loop look after the path, now and then: _Loop.step()."""
+        if now - self.checked > _CHECK_INTERVAL:
+            self.wake()
+
+    def drop(self):
+        """Count a notification for which there is no room, at its place.
+
+        It opens a gap, behind which nothing is queued until the loop has
+        looked: at the gap, the count and the length of the queue, in this
+        order, before it closes the gap. So a gap that it saw is in the count,
+        and the record goes behind what is due: all that a thread queued
+        before it dropped something, and nothing that it queues later.
+        """
+        for self.gap in self.drops:
+            break       # no call, after which a signal's handler might raise
+        try:
+            if self.asleep:
+                self.wake()
+            if self.gap % _BATCH == _BATCH - 1:
+                self._give_way()    # it takes 0.5 us, the loop waits for 5 ms
+        except Exception:  # nosec B110
+            pass        # as in emit(); it is counted
+
+    @staticmethod
+    def _give_way():
+        """Let the loop have the GIL.
+
+        A system call of the loop costs it the GIL for up to 5 ms while we
+        run flat out. Not when sleep is patched: that would switch to other
+        green threads, in the middle of the caller's.
+        """
+        if not _is_patched():
+            time.sleep(_GIVE_WAY)
+
+    def wake(self):
+        waker = self.waker
+        if waker is None:
+            self._start()   # the flag stays up: it may fail
+            return
+        # Lowered first. After the loop has woken it is the loop's to raise;
+        # to lower it then would leave the loop asleep with the flag down.
+        self.asleep = False
+        try:
+            waker.set()
+        except BaseException:   # out of stack, or a signal handler raises
+            self.asleep = True      # or nobody would wake it again
+            raise
+
+    def waiting(self):
+        """Whether publishers have left anything for the loop."""
+        return (bool(self.lines) or self.gap is not self._gap_seen
+                or self.rest is not None)
+
+    def count(self):
+        """How much is due, and how much was dropped after it: see drop()."""
+        gap, drops, due = self.gap, next(self.drops), len(self.lines)
+        self._gap_seen = gap    # closed, unless there is a new one
+        self.lost += drops - self._drops_read
+        self._drops_read = drops + 1    # for we count, too
+        return due
+
+    def take(self, due):
+        """Yield what is due, in batches.
+
+        Or queue, batch and chunks would be three copies of a queue that is
+        full.
+        """
+        self.room -= due    # in the backlog it takes as much: _Fanout.flush()
+        for size in range(due, 0, -_BATCH):
+            yield [self.lines.popleft() for _ in range(min(size, _BATCH))]
+
+
+_Aim = collections.namedtuple('_Aim', 'fds look expected')
+
+
+class _Turn:
+    """The turn: who has it does the loop's work, and no other thread does.
+
+    The loop has it from its waking to its sleeping, notify() for a single
+    send, if it can be had. No lock: monkey patching makes those green, and
+    of green threads and native ones both may call notify().
+    """
+
+    def __init__(self):
+        self.renew()
+
+    def renew(self):
+        """Take it from whoever has it, who is not here any more."""
+        self.free = collections.deque([True])   # empty while someone has it
+        self.aim = None     # what notify() may do with it, once it is free
+
+    @contextlib.contextmanager
+    def taken(self):
+        while True:
+            free = self.free
+            try:
+                free.pop()
+                break
+            except IndexError:
+                time.sleep(_GIVE_WAY)   # for notify() to send
+        self.aim = None
+        try:
+            yield
+        finally:
+            free.append(True)   # not to another, if it was renewed meanwhile
+
+    def outwait(self, seconds):
+        """Wait so long for who has it, and then take it for gone.
+
+        At exit, for the handler of a signal may run the exit handlers amid
+        notify().
+        """
+        until = time.monotonic() + seconds
+        while not self.free and time.monotonic() < until:
+            time.sleep(_GIVE_WAY)
+        if not self.free:
+            self.renew()
+
+
+class _HandOver:
+    """notify() sends a line here and now, if that plainly can be.
+
+    Then it is out of this process, whatever becomes of that. It saves the
+    waking and the loop's wait for the GIL, too. All else is left to the loop,
+    as are errors and the rest of a line.
+
+    Only to a single stream, which at the end of the last turn had been sent
+    all there was: that is the ``aim``. Whatever this thread emitted since is
+    in the queue, or was sent: the loop moves it while it has the turn, which
+    is ours. And only if nobody has connected whom the loop must accept first,
+    or, by the leader's presence, if there is somebody at all.
+    """
+
+    def __init__(self, turn, inbox, backlog):
+        self._turn = turn
+        self._inbox = inbox
+        self._backlog = backlog
+        self.busy_until = 0     # time.monotonic(): so far the next is put off
+
+    def aim_at(self, role):
+        """At the end of a turn: see above."""
+        if len(role.streams) == 1:
+            stream = next(iter(role.streams))
+            if not (stream.blocked or stream.ended or stream.pending()):
+                self._turn.aim = _Aim((stream.sock.fileno(),), *role.clear())
+
+    def send(self, line):
+        """Whether it was, or has begun to be."""
+        turn, free, now = self._turn, self._turn.free, time.monotonic()
+        size = len(line)
+        if turn.aim is None or not free or (
+                self.busy_until - now > _HAND_OVERS * _HAND_OVER_TIME):
+            return False
+        try:
+            # A signal's handler may raise after any call, which this is not.
+            del free[0]
+        except IndexError:      # another thread was faster
+            return False
+        inbox, sent = self._inbox, []
+        try:
+            try:
+                aim = turn.aim
+                if (aim is None or inbox.waiting()
+                        or bool(aim.look()) is not aim.expected):
+                    return False
+                self.busy_until = max(self.busy_until, now) + _HAND_OVER_TIME
+                # What map() calls has left its result in the list by then.
+                sent.extend(map(_libc.send, aim.fds, (line,),
+                                (ctypes.c_size_t(size),), (_AT_ONCE,)))
+            finally:    # without a call, or a frame, until all is noted
+                if sent and sent[0] == size:
+                    self._backlog.tail.first += 1   # as if it had been there
+                elif sent and sent[0] > 0:
+                    inbox.rest = line, sent[0]
+                free.append(True)
+            inbox.wake_if_due(now)
+        except BaseException as error:
+            if inbox.rest is not None:
+                inbox.wake()
+            if not sent or not isinstance(error, Exception):
+                raise
+        return sent[0] > 0
+
+
+# -- the desk: what lasts, what is told, what is open -------------------------
+
+class _Backoff:
+    """When to try again: from 10 ms, doubling to 1 s, jittered.
+
+    Jittered, so that workers that lost the same thing do not march in step.
+    """
+
+    MAX = 1
+
+    def __init__(self):
+        self.delay = 0
+        self.at = None          # time.monotonic(), or None when all is well
+
+    clear = __init__
+
+    def fail(self):
+        self.delay = min(max(2 * self.delay, 0.01), self.MAX)
+        jitter = random.uniform(0.5, 1)  # nosec B311
+        self.at = time.monotonic() + self.delay * jitter
+
+    def for_long(self):
+        """Whether it has for about a second, and is at its longest delay."""
+        return self.delay >= self.MAX
+
+
+def _now():
+    return time.strftime('%Y-%m-%d %H:%M:%S')
+
+
+class _Lasting:
+    """A trouble: since when it lasts, and when to say so again."""
+
+    def __init__(self):
+        self.since = _now()
+        self._delay = _AGAIN
+        self._next = time.monotonic() + _AGAIN
+
+    def due(self):
+        if time.monotonic() < self._next:
+            return False
+        self._delay = min(2 * self._delay, _AGAIN_MAX)
+        self._next = time.monotonic() + self._delay
+        return True
+
+
+class _Told(OSError):
+    """Something failed, and that was told of where it did."""
+
+
+class _Log:
+    """What a hub tells: who serves the path, and what keeps it from that.
+
+    A trouble is told of again while it lasts, at a try that is made anyway;
+    who serves, when the path is looked after.
+    """
+
+    def __init__(self, path):
+        self._path = path
+        self.unsaid = None      # records, while nothing may be logged
+        self._state = None      # who serves
+        self.due = math.inf     # time.monotonic() to say that again
+        self._strangers = collections.deque(maxlen=64)  # told of already
+        self._forget()
+
+    def _forget(self):
+        self._kinds = set()     # of troubles that were told of
+        self._tries = 0
+
+    def say(self, level, text, *args, exc_info=None):
+        record = (level, 'Notifications on %s: ' + text, self._path, *args)
+        if self.unsaid is not None:
+            self.unsaid.append(record)
+            return
+        with _no_fork():
+            LOG.log(*record, exc_info=exc_info)
+
+    def serves(self, state, anew=True):
+        """Who serves from now on; it is told if it is new."""
+        if anew or state != self._state:
+            self._state, self._began = state, _now()
+            self.due = time.monotonic() + _AGAIN
+            self.say(logging.INFO, '%s', state)
+
+    def fault(self, error, exc_info=None):
+        """Something failed, and will be tried again."""
+        if isinstance(error, _Told):
+            return
+        kind, more = (type(error), getattr(error, 'errno', None),
+                      getattr(error, 'filename', None)), ''
+        self._tries += 1
+        self._last = str(error)
+        if not self._kinds:
+            self._trouble = _Lasting()
+        elif kind in self._kinds:
+            if not self._trouble.due():
+                return
+            more = ' since ' + self._trouble.since
+        self._kinds.add(kind)
+        self.say(logging.WARNING, '%s; trying again%s', error, more,
+                 exc_info=exc_info)
+
+    def well(self):
+        """Nothing failed."""
+        if self._kinds:
+            self.say(logging.WARNING, 'all is well again: %s; tried %d times '
+                     'since %s: %s', self._state, self._tries,
+                     self._trouble.since, self._last)
+            self._forget()
+        elif time.monotonic() > self.due:
+            self.due = time.monotonic() + _DAY
+            self.say(logging.INFO, '%s, since %s', self._state, self._began)
+
+    def stranger(self, who, why):
+        """Refused by the relay: once for each, whatever it comes up with."""
+        if who not in self._strangers:
+            self._strangers.append(who)
+            self.say(logging.WARNING, 'relay refused: %s: %s', who, why)
+
+
+class _Visits:
+    """Who comes and goes: a line of log a second, at most; and time to work.
+
+    For whoever may connect may do so in a loop. The first are told of when
+    their turn ends, the others when the second is over.
+    """
+
+    def __init__(self, say):
+        self._say = say
+        self._next = 0          # no line sooner
+        self.lately = False     # someone came, went or talked in this turn
+        self._rested = self._worked = 0     # when, and how long until then
+        self._forget()
+
+    def _forget(self):
+        self.at = None          # when there is something to tell, if there is
+        self._came = 0          # how many, since the last line
+        self._texts = []
+        self._events = collections.Counter()
+        self._peers = collections.Counter()
+
+    def note(self, event, who, more=''):
+        if len(self._texts) < _VISITS_NAMED:
+            self._texts.append('subscriber %s: %s%s' % (event, who, more))
+        self._events[event] += 1
+        self._peers[who] += 1
+        self._came += event != 'parted'
+        self.at = self._next
+
+    def crowd(self):
+        """Whether it is a crowd that comes."""
+        return self._came > _CROWD
+
+    def tell(self):
+        """Log what was noted."""
+        if self._events.total() > len(self._texts):
+            self._texts = ['subscribers %s; most often %s' % (
+                ', '.join('%s: %d' % each for each in self._events.items()),
+                '; '.join('%s: %d times' % each
+                          for each in self._peers.most_common(3)))]
+        if self._texts:
+            self._say(logging.INFO, '; '.join(self._texts))
+        crowd = self.crowd()
+        self._next = time.monotonic() + _VISITS_INTERVAL
+        self._forget()
+        if crowd:
+            self.at = self._next    # look again
+
+    def slow_down(self):
+        """Let time pass if visits come without a pause; lines wait, too.
+
+        To accept just some of those who wait, and send, would break
+        connect() as the start. A fifth of the time is for work: under
+        eventlet, a turn with 64 subscribers takes milliseconds.
+        """
+        if not self.lately:
+            return
+        self.lately = False
+        now, worked = time.monotonic(), time.thread_time() - self._worked
+        if now - self._rested - worked < 2 * _REST:
+            end = min(self._rested + max(_REST, 5 * worked), now + _REST_MAX)
+            # Under eventlet another event of the same wait ends the sleep.
+            while (now := time.monotonic()) < end:
+                time.sleep(end - now)
+        self._rested, self._worked = now, time.thread_time()
+
+
+class _Files:
+    """The open files of a hub, and the selector that watches them."""
+
+    def __init__(self):
+        self._owned = weakref.WeakKeyDictionary()   # with their identities
+        self._selector = None
+
+    def is_open(self):
+        """Whether there is a selector."""
+        return self._selector is not None
+
+    def open(self, waker):
+        """Watch files from now on; or raise OSError.
+
+        The selector is looked up now: bound before monkey patching, it would
+        block all green threads of the process.
+        """
+        with _no_fork():
+            selector = selectors.DefaultSelector()
+            if waker is not None:
+                selector.register(waker, selectors.EVENT_READ,
+                                  lambda _: waker.clear())
+            self._selector = selector
+
+    def own(self, make, *args):
+        """A new file of ours, which a forked child is sure to know of."""
+        with _no_fork():
+            file = make(*args)
+            self._owned[file] = _file_id(file)
+        return file
+
+    def watch(self, sock, callback=None):
+        """Without a callback it only ends the wait."""
+        self._selector.register(sock, selectors.EVENT_READ, callback)
+
+    def unwatch(self, sock):
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(sock)
+
+    def rewatch(self, stream, callback):
+        """Have the selector watch for what a stream can do next."""
+        mask = stream.wanted()
+        if mask != stream.mask:
+            old, stream.mask = stream.mask, 0   # should it fail
+            if not mask:
+                self.unwatch(stream.sock)
+                return
+            # In one system call, where it can be.
+            watch = self._selector.modify if old else self._selector.register
+            watch(stream.sock, mask, functools.partial(callback, stream))
+            stream.mask = mask
+
+    def wait(self, timeout):
+        """The (callback or None, mask) of what has happened."""
+        return [(key.data, mask)
+                for key, mask in self._selector.select(timeout)]
+
+    def abandon(self, certain, waker):
+        """In a forked child: only close, as _Hub.abandon() says."""
+        files = dict(self._owned)
+        if certain:     # to the last reference: no other thread is here
+            files.update(dict.fromkeys((self._selector, waker)))
+        for each, identity in files.items():
+            with contextlib.suppress(OSError, AttributeError):
+                if (identity == _file_id(each) if identity else certain):
+                    each.close()
+
+    def close(self):
+        for each in (*self._owned, self._selector):
+            if each is not None:
+                with contextlib.suppress(OSError):  # a service closes all
+                    each.close()
+
+
+class _Path:
+    """The path: its lock, and what the owner of that has bound, by suffix.
+
+    The subscribers' socket has none, the relay's is '.relay'.
+    """
+
+    def __init__(self, settings, files):
+        self._settings = settings
+        self._files = files
+        self.lock = _Lock(settings.path + '.lock')
+        self.bound = {}
+
+    def name(self, suffix):
+        return self._settings.path + suffix
+
+    def intact(self):
+        """Whether lock and path are still ours; 5 us."""
+        return self.lock.intact() and all(
+            each.intact() for each in self.bound.values())
+
+    def take(self):
+        """Take the lock, or raise OSError; BlockingIOError if it is held."""
+        self.lock.close()
+        self._files.own(self.lock.acquire)
+
+    def make_way(self, suffix):
+        """Free the path of what the last owner of the lock bound there."""
+        path = self.name(suffix)
+        _clear(path, self.lock.read().get(path))
+
+    def bind(self, suffix='', mode=0o600, gid=None, backlog=None):
+        """Bind a socket there. It is not ours yet: see put()."""
+        self.make_way(suffix)
+        return _bind(self._files.own(_unix_socket), self.name(suffix), mode,
+                     self.lock, gid, backlog)
+
+    def serve(self):
+        """Bind what subscribers connect to, as the options say."""
+        gid = _gid(self._settings.group)
+        return self.bind(mode=self._settings.mode, gid=gid)
+
+    def put(self, bound, suffix=''):
+        """Have it take the place of what was bound before."""
+        self.free(suffix)
+        self.bound[suffix] = bound
+
+    def free(self, suffix='', keep=False):
+        """Close what is bound there, and remove the file unless it is kept."""
+        bound = self.bound.pop(suffix, None)
+        if bound is None:
+            return
+        # First: a forked child may hold it open, and what happens to it
+        # would be reported here for ever.
+        self._files.unwatch(bound.sock)
+        if not keep:
+            bound.unlink()
+        _close(bound.sock)
+
+    def give_up(self):
+        """Leave it to whoever can have it."""
+        for suffix in list(self.bound):
+            self.free(suffix)
+        self.lock.close()
+
+
+class _Door:
+    """A listener: who comes is let in, or told why not.
+
+    A descriptor is kept in reserve, to refuse with when there is no other.
+    """
+
+    def __init__(self, files, log, visits):
+        self._files = files
+        self._log = log
+        self._visits = visits
+        self._sock = None
+        self.locked = True      # nobody is let in, nor watched for
+        self._reserve = None    # a descriptor to give up when there is none
+        self._starved = None    # accepting fails for want of descriptors
+        self._recovered = False     # it did, which is yet to be told
+        self._listens = None    # what the kernel was told
+        self._held = 0          # how many it may hold by now
+        self._refusals = {}     # records of this turn
+
+    def open(self, sock):
+        """Listen at it from now on, or raise OSError."""
+        self._sock, self._listens = sock, None
+        self.let_wait(_BACKLOG)
+        self.unlock()
+        self._keep_reserve()
+
+    def close(self):
+        """Keep nothing in reserve. The listener is the path's."""
+        if self._reserve is not None:
+            self._reserve.close()
+
+    def unlock(self):
+        self._files.watch(self._sock)
+        self.locked = False
+
+    def lock(self):
+        """Let who comes now wait: the listener would be reported for ever."""
+        self._files.unwatch(self._sock)
+        self.locked = True
+
+    def let_wait(self, backlog):
+        """Tell the kernel how many may wait, less one."""
+        if self._listens != backlog:
+            self._listens = backlog
+            self._held = max(self._held, backlog)
+            self._sock.listen(backlog)
+
+    def come(self):
+        """Yield the sockets of all who wait, in their order.
+
+        Those who can't have one are refused. Out of descriptors even for
+        that, it raises OSError, and is locked.
+        """
+        self._visits.lately, self._refusals = True, {}
+        for _ in range(self._held + 2):     # one may fail, and take none
+            try:
+                sock = self._files.own(_accept, self._sock)
+            except BlockingIOError:
+                break       # nobody waits any more
+            except OSError as error:
+                if error.errno in _STARVED:
+                    self._spare(error)
+            else:
+                if self._reserve is not None:
+                    self._recovered = self._starved is not None
+                    yield sock
+                else:   # it has the last, or missed what was sent meanwhile
+                    self.refuse(sock, _peer(sock)[0], 'the service is out of '
+                                'file descriptors')
+        self._held = self._listens      # for all who waited are in
+        if self._visits.crowd():
+            self.let_wait(_CROWD_BACKLOG)
+        if self.locked:
+            self.unlock()
+        self._keep_reserve()
+
+    def _spare(self, error):
+        """Give up the reserve, to refuse who waits, or raise the error."""
+        self._recovered = False
+        if self._starved is None or self._starved.due():
+            self._starved = self._starved or _Lasting()
+            self._log.say(logging.WARNING, 'subscribers are refused since '
+                          '%s: %s', self._starved.since, error)
+        reserve, self._reserve = self._reserve, None
+        if reserve is None:     # another thread was faster, or it never was
+            self.lock()
+            raise _Told(error.errno, error.strerror)
+        reserve.close()
+
+    def _keep_reserve(self):
+        with contextlib.suppress(OSError):
+            self._reserve = self._reserve or self._files.own(_unix_socket)
+
+    def refuse(self, sock, who, reason):
+        self.tell_why(sock, reason)
+        _hang_up(sock)
+        self._visits.note('refused', who, '; ' + reason)
+
+    def tell_why(self, sock, reason):
+        if reason not in self._refusals:    # to make one may wait for the GIL
+            self._refusals[reason] = _record('notifications.refused',
+                                             reason=reason)
+        with contextlib.suppress(OSError):  # it may not wait for an answer
+            # It fits, if nothing was sent on this connection before.
+            _send_short(sock, self._refusals[reason])
+
+    def settle(self):
+        """Once nothing is left to tell, nor likely to be in a moment."""
+        if self._visits.at is None:
+            self.let_wait(_BACKLOG)
+            if self._recovered:
+                self._starved, self._recovered = None, False
+                self._log.say(logging.WARNING,
+                              'subscribers are accepted again')
+
+
+# -- who serves the path ----------------------------------------------------
+#
+# A role: what this process is on its path. look_after() returns the role to
+# go on with, or raises OSError, which the loop tells of, to try again. Streams
+# come and go in look_after(), see_off(), accept() and close() alone: never
+# while anybody iterates over them.
+
+def _nothing(*_):
+    """What a role, or _Alone, does where it has nothing to do, or give."""
+    return ()
+
+
+class _Alone:
+    """The other processes on a path: there are none. See _Relay."""
+
+    def __init__(self, _loop):
+        pass
+
+    announce = look_after = show = take = _nothing
+    followed = give_time = cut_off = close = _nothing
+
+
+class _Seeker:
+    """Who would serve the path, and cannot: nobody can connect to us."""
+
+    streams = types.MappingProxyType({})
+
+    def __init__(self, loop):
+        self._loop = loop
+        loop.inbox.look = _yes   # until it is clear who serves
+
+    def look_after(self):
+        return _Leader.claim(self._loop)
+
+    def shut(self, _error):
+        """Have nothing kept for who cannot connect."""
+        self._loop.inbox.look = _no
+
+    take = accept = settle = hear = _nothing
+    intact = cut_off = last_call = close = _nothing
+
+
+class _Leader:
+    """Who has the lock, and serves the path. Its streams: the subscribers."""
+
+    def __init__(self, loop, start):
+        self._loop = loop
+        self._path = loop.path
+        self._start = start     # for who waits, in the first turn
+        self._others = loop.others(loop)
+        self._door = _Door(loop.files, loop.log, loop.visits)
+        self._places = _Places(loop)
+        self.streams = self._places.taken
+        self._look = _no        # at who waits
+        self._followed = False  # others go on with the listener
+
+    @classmethod
+    def claim(cls, loop, inherit=bool, start=None):
+        """Lead from now on, or raise OSError, and leave it to others.
+
+        :param inherit: what gives the last leader's listener, if we have it
+        :param start: a stream, from whose cursor those begin who wait
+        """
+        if loop.starves:
+            # Everybody else on the path would be silent while it stands still.
+            raise PermissionError(
+                errno.EPERM, 'this process only follows', loop.settings.path)
+        loop.path.take()
+        try:
+            leader = cls(loop, start)
+            leader._serve(inherit() or None)
+        except BaseException:
+            loop.path.give_up()
+            raise
+        return leader
+
+    def look_after(self):
+        path, bound = self._path, self._path.bound['']
+        if self._loop.closing:
+            return self     # who leaves does not come back
+        ours = bound.intact()
+        if not path.lock.intact():
+            try:
+                path.take()
+            except BlockingIOError:
+                if ours:
+                    raise
+                return self._resign()
+            if ours:
+                path.lock.write(path.bound.values())  # it is new
+        if not ours:
+            self._let_in()      # who came before the path was taken away
+            self._serve()
+        if self._door.locked:
+            self._let_in()
+        self._others.look_after()
+        return self
+
+    def _serve(self, bound=None):
+        """Bind and listen. What was bound before has lost the path."""
+        try:
+            bound = bound or self._path.serve()
+        except OSError:
+            self._path.lock.close()     # whoever can may have the path
+            raise
+        self._look = _poll(bound.sock.fileno())
+        # In place before the old listener is closed: see _Inbox. Who comes
+        # to an heir gets what is on its way, and so all that follows it.
+        self._loop.inbox.look = (
+            _yes if self.streams or self._start else self._look)
+        self._others.announce(bound)
+        self._path.put(bound)
+        try:
+            self._door.open(bound.sock)
+        except OSError:
+            bound.unlink()      # or it would pass for served
+            raise
+        self._loop.log.serves('served with mode %04o, group %s, by pid %d' % (
+            self._loop.settings.mode, self._loop.settings.group or 'unchanged',
+            self._loop.pid))
+
+    def accept(self):
+        """Let in who waits, looked at now, whatever was reported before."""
+        if not self._door.locked and (self._start or self._look()):
+            self._let_in()
+
+    def _let_in(self):
+        self._open(True)    # before the first: see _Inbox
+        self._places.swept = False
+        for sock in self._door.come():
+            self._admit(sock)
+
+    def _admit(self, sock):
+        who, uid = _peer(sock)
+        subscriber = _Subscriber(sock, self._loop.fanout.backlog, who, uid,
+                                 self._start)
+        if not subscriber.alive():
+            self._places.give(subscriber)
+            self._places.clear(subscriber, 'it is gone')
+        elif not (self._places.free()
+                  or self._places.make_room(uid, self._door.tell_why)):
+            self._door.refuse(sock, who, 'sock_max_subscribers is %d'
+                              % self._loop.settings.max_subscribers)
+        else:
+            self._places.give(subscriber)
+            try:
+                self._loop.fanout.watch(subscriber)
+            except OSError as error:    # there is a limit of what is watched
+                self._places.clear(subscriber, error.strerror)
+
+    def see_off(self, subscriber):
+        self._places.clear(subscriber, subscriber.ended)
+
+    def take(self):
+        return self._others.take()
+
+    def settle(self):
+        """The end of a turn: the gate is lowered here alone."""
+        self._start = None
+        self._others.give_time(self.streams, self._loop.fanout)
+        self._open(bool(self.streams))
+        self._door.settle()
+
+    def _open(self, anyone):
+        self._others.show(anyone)   # before accept(), as the gate is
+        self._loop.inbox.look = _yes if anyone else self._look
+
+    def clear(self):
+        """What notify() has to find before it sends: nobody waits."""
+        return self._look, False
+
+    def intact(self):
+        return self._path.intact()
+
+    shut = hear = _nothing
+
+    def _resign(self):
+        """Another process owns the path: send the subscribers there.
+
+        What followers have handed on is for those who are still here. It must
+        not go on to the new leader: the followers may get there before us,
+        with what they emitted later. There, it is lost.
+        """
+        loop = self._loop
+        self._others.cut_off()
+        handed = self._others.take()
+        loop.fanout.take(0, handed)
+        loop.fanout.flush(self.streams)
+        loop.inbox.look = _yes       # until it is clear who serves
+        self._part_all('another process took the path')
+        self._others.close()
+        self._door.close()
+        loop.path.give_up()
+        loop.visits.tell()
+        role = loop.seek(loop)
+        lost = sum(lines + lost for _, lines, lost, *_ in handed)
+        if lost:
+            loop.fanout.backlog.append(b'', 0, lost, 'leader replaced')
+        return role
+
+    def _part_all(self, reason):
+        for subscriber in list(self.streams):
+            self._places.clear(subscriber, reason)
+
+    def cut_off(self):
+        """Let nobody in who is not there yet."""
+        self._loop.retry.clear()
+        self._followed = self._others.followed()
+        if not self._followed:
+            self._path.bound[''].unlink()
+        self._others.cut_off()
+
+    def last_call(self):
+        """Who comes now is for the next leader."""
+        self._door.lock()
+
+    def close(self):
+        """End all streams. Followers go on with the listener."""
+        self._part_all('the service stops')
+        self._loop.visits.tell()
+        self._path.free('', self._followed)
+        self._others.close()
+
+
+class _Places:
+    """Who is subscribed: each takes a place of those there are."""
+
+    def __init__(self, loop):
+        self._loop = loop
+        self._limit = loop.settings.max_subscribers
+        self.taken = {}         # an ordered set
+        self.swept = False      # of those who are gone, in this turn
+
+    def give(self, subscriber):
+        self.taken[subscriber] = None
+        self._loop.visits.note('connected', subscriber.who)
+
+    def clear(self, subscriber, reason):
+        """End the stream of a subscriber, or take note that it has ended."""
+        del self.taken[subscriber]
+        if subscriber.mask:     # else it takes 30 us to find that it is not
+            self._loop.files.unwatch(subscriber.sock)
+        subscriber.ended = reason
+        _hang_up(subscriber.sock)
+        lost = subscriber.lost + sum(each.lost for each in subscriber.chunks())
+        self._loop.visits.note(
+            'parted', subscriber.who, ', %d lines, %d lost; %s' % (
+                subscriber.received(), lost, reason))
+
+    def free(self):
+        """Whether there are places, once those are free of who is gone.
+
+        One that half-closes is not watched, for the end of its stream would
+        be reported for ever; of others it may wait to be reported.
+        """
+        if len(self.taken) >= self._limit and not self.swept:
+            self.swept = True
+            for subscriber in list(self.taken):
+                if not subscriber.alive():
+                    self.clear(subscriber, 'it is gone')
+        return len(self.taken) < self._limit
+
+    def make_room(self, uid, tell_why):
+        """Part the newest of the user with the most places; whether it was.
+
+        For a user who will have no more than the other has left, or they
+        would take turns.
+        """
+        places = collections.Counter(each.uid for each in self.taken)
+        greedy, most = places.most_common(1)[0]
+        if places[uid] + 2 > most:
+            return False
+        newest = next(each for each in reversed(self.taken)
+                      if each.uid == greedy)
+        if not newest.pending():    # else it is in the middle of a line
+            tell_why(newest.sock, 'a user who has fewer places takes it')
+        self.clear(newest, 'uid %d has fewer places' % uid)
+        return True
+
+
+# -- the loop -----------------------------------------------------------------
+
+class _Fanout:
+    """From the inbox to the streams of the role, each at its own pace."""
+
+    def __init__(self, settings, inbox, files, log, visits):
+        self.backlog = _Backlog(settings.buffer_size)
+        self._inbox = inbox
+        self._files = files
+        self._log = log
+        self._visits = visits
+        self.again = False      # someone may be sent more at once
+        self.drained = False    # someone has read a lot
+        self._late = False      # others want the GIL: it is kept where it can
+        self._ended = []        # streams, to be seen off
+
+    def take(self, due, handed):
+        """Move what is due to the backlog, in its order."""
+        for batch in self._inbox.take(due):
+            self.backlog.extend(batch)
+        if self._inbox.lost:
+            self.backlog.append(b'', 0, self._inbox.lost, 'queue full')
+            self._inbox.lost = 0
+        for chunk in handed:
+            self.backlog.append(*chunk)
+
+    def take_rest(self, streams):
+        """Take on what notify() has sent a part of, to the only stream."""
+        if self._inbox.rest is not None:
+            line, sent = self._inbox.rest
+            self.backlog.append(line, 1)
+            for stream in streams:
+                stream.offset = sent
+            self._inbox.rest = None
+
+    def flush(self, streams):
+        """Send to all who take more, and hold the others to the bound."""
+        self.again = self._late = False
+        held = 0
+        for stream in streams:
+            if stream.ended or not stream.pending():
+                continue
+            if not stream.blocked:
+                self._send(stream)
+            elif stream.sock is not None:
+                self.watch(stream)      # if that has failed
+            if stream.pending() and not stream.ended:
+                self._hold(stream)
+                held = max(held, self.backlog.behind(stream.chunk))
+                self.again |= not stream.blocked
+        self.again |= bool(self._ended)
+        self._share(held)
+
+    def _share(self, held):
+        """Have queue and backlog share the memory.
+
+        But one that lags must not leave too little room for those that do
+        not. Half of the whole, be it in the queue or in the backlog, is what
+        publishers may be ahead; a quarter of what is left, where one that
+        lags has most of it.
+        """
+        limit = self.backlog.limit
+        room = max(limit - held, limit // 8) // _QUEUE_UNIT
+        self._inbox.room = room
+        self._inbox.ahead = max(room - limit // 2 // _QUEUE_UNIT, room // 4)
+
+    def _send(self, stream):
+        begin = time.monotonic()
+        try:
+            stream.flush(self._late)
+        except OSError:
+            self.part(stream, 'it is gone')
+            return
+        if time.monotonic() - begin > _GIL_LATE:
+            self._late = True
+        self.watch(stream)
+        if stream.lagging is not None and not stream.pending():
+            self._log.say(logging.WARNING, 'subscriber caught up: %s; it lost '
+                          '%d notifications', stream.who,
+                          stream.lost - stream.lagging)
+            stream.lagging = None
+
+    def _hold(self, stream):
+        """Keep within the bound what the stream has yet to be sent."""
+        if stream.trim(self.backlog) and stream.lagging is None:
+            stream.lagging = stream.lost
+            self._log.say(logging.WARNING, 'subscriber lags by more than %d '
+                          'bytes and loses notifications: %s',
+                          self.backlog.limit, stream.who)
+
+    def watch(self, stream):
+        self._files.rewatch(stream, self.on_event)
+
+    def on_event(self, stream, mask):
+        if stream.ended:
+            return      # earlier in this turn
+        if mask & selectors.EVENT_READ:
+            self._visits.lately = True
+            reason = stream.listen()
+            if reason is not None:
+                self.part(stream, reason)
+                return
+            self.watch(stream)
+        if mask & selectors.EVENT_WRITE:
+            self.drained = True
+            self._send(stream)
+
+    def part(self, stream, reason):
+        """Note that it has ended: the next turn will see it off."""
+        if not stream.ended:
+            stream.ended = reason
+            self._ended.append(stream)
+
+    def ended(self):
+        """Yield those that have; each once."""
+        while self._ended:
+            yield self._ended.pop(0)
+
+
+class _Loop:
+    """What is done on a path in a turn, by whoever has that; and its parts.
+
+    Mostly the loop's thread; once that has ended, the exit handler. A test
+    may call step() without any thread.
+    """
+
+    others = _Alone
+    seek = _Seeker
+
+    def __init__(self, settings, start):
+        """Make it; nothing is opened.
+
+        :param start: what inbox.wake() calls while there is no waker
+        """
+        self.settings = settings
+        self.pid = os.getpid()      # whose it is; None in a forked child
+        self.log = _Log(settings.path)
+        self.inbox = _Inbox(settings, start)
+        self.files = _Files()
+        self.path = _Path(settings, self.files)
+        self.visits = _Visits(self.log.say)
+        self.fanout = _Fanout(settings, self.inbox, self.files, self.log,
+                              self.visits)
+        self.retry = _Backoff()     # for the path
+        self.closing = False
+        self.starves = False        # _Hub: it runs in notify() alone
+        self.turn = _Turn()
+        self.hand_over = _HandOver(self.turn, self.inbox, self.fanout.backlog)
+        self.inbox.hand_over = self.hand_over.send
+        self.role = self.seek(self)
+
+    def step(self, limit=None):
+        """Wait for something to do, at most ``limit`` seconds, and do it.
+
+        :returns: whether there was anything to do
+        """
+        if not self.files.is_open():
+            with self.turn.taken():
+                self.open()
+        events = self._wait(limit)
+        self._look()
+        with self.turn.taken():
+            self.stay()
+            return self.work(events)
+
+    def _look(self):
+        """Look whether all is still well, before the turn is taken.
+
+        Each system call gives up the GIL, which a busy thread returns after
+        5 ms: in notify(), this took 16 ms once a second. Meanwhile that goes
+        on to send. A turn that finds nothing to do has no such call, so that
+        no other thread sees it, and queues what its process does not live to
+        send.
+        """
+        now = time.monotonic()
+        if (self.retry.at is None and now > self.inbox.checked
+                + _CHECK_INTERVAL and self.role.intact()):
+            self.inbox.checked = now
+            self.log.well()
+
+    def work(self, events):
+        """Do what is to be done; events are (callback or None, mask).
+
+        What is due came from calls that may follow any connect() that has
+        returned. So: see how much is due, then accept who has come, then
+        take what is due.
+        """
+        self._begin(events)
+        due = self.inbox.count()
+        try:
+            self.role.accept()
+        except OSError as error:
+            self.trouble(error)
+        handed = self.role.take()
+        self.fanout.take(due, handed)
+        self.fanout.flush(self.role.streams)
+        if handed:
+            self.inbox.ahead = _BATCH   # others need the loop as much as we do
+        if self.visits.at is not None and self.visits.at < time.monotonic():
+            self.visits.tell()
+        self.role.settle()
+        self.hand_over.aim_at(self.role)
+        return bool(events or due or handed or self.fanout.again)
+
+    def _begin(self, events):
+        self.fanout.take_rest(self.role.streams)
+        for callback, mask in events:
+            if callback is not None:
+                callback(mask)
+        for stream in self.fanout.ended():
+            if stream in self.role.streams:     # not of the last role
+                self.role.see_off(stream)
+        if time.monotonic() >= (self.retry.at or
+                                self.inbox.checked + _CHECK_INTERVAL):
+            self.look_after()
+
+    def _wait(self, limit):
+        """Sleep until there is something to do; the turn is free."""
+        timeout = 0
+        if not (self.inbox.waiting() or self.fanout.again):
+            self.inbox.asleep = True
+            if not self.inbox.waiting():    # after the flag: see emit()
+                timeout = self._timeout(limit)
+        events = self.files.wait(timeout)
+        self.visits.slow_down()
+        self.inbox.asleep = False
+        return events
+
+    def stay(self):
+        """After a wait in which a green thread may have forked.
+
+        They all survive it, and this one may wake in the child, which has a
+        loop of its own.
+        """
+        if self.pid != os.getpid():
+            raise RuntimeError('not the loop of this process')
+
+    def _timeout(self, limit):
+        due = [each.at for each in (self.retry, self.visits) if each.at]
+        if limit is not None:
+            due.append(time.monotonic() + limit)
+        return max(0, min(due) - time.monotonic()) if due else None
+
+    def open(self):
+        if not self.files.is_open():
+            self.files.open(self.inbox.waker)
+            self.look_after()
+            self.fanout.again = True    # a turn follows, which settles that
+
+    def look_after(self):
+        """Have the role that can be had, or say why not, and when to try."""
+        self.inbox.checked = time.monotonic()
+        try:
+            while (role := self.role.look_after()) is not self.role:
+                self.role = role
+        except OSError as error:
+            self.trouble(error)
+        else:
+            self.retry.clear()
+            self.log.well()
+
+    def trouble(self, error):
+        """The role cannot do what it should, and will try again."""
+        passing = error.errno in _LED and not self.retry.for_long()
+        self.retry.fail()
+        if not passing:
+            self.role.shut(error)
+            self.log.fault(error)
+
+    def shut(self, error):
+        """There is no loop, or not yet."""
+        self.retry.fail()
+        self.inbox.checked = time.monotonic()
+        self.role.shut(error)
+
+
+def _unread(streams):
+    """Bytes that the kernel still holds for them.
+
+    One that reads slowly is at it long before its socket is writable: for
+    that it must have read three quarters of it.
+    """
+    return sum(struct.unpack('i', fcntl.ioctl(
+        each.sock, termios.TIOCOUTQ, bytes(4)))[0]
+        for each in streams if each.sock is not None)
+
+
+class _Hub:
+    """All drivers of a process on one path: one loop, its start and its end.
+
+    For any thread: nothing here blocks but close().
+    """
+
+    def __init__(self, settings):
+        self.settings = settings
+        self.loop = _Loop(settings, self.start)
+        self.inbox = self.loop.inbox
+        self.thread = self.no_thread = None     # or why there was none
+        self._starting = threading.Lock()   # tried, never waited for
+
+    def start(self):
+        """Start the loop, if need be. Never raises.
+
+        Not in uWSGI's master; and where a loop would starve there is none:
+        who has come to start it does its work. Without a thread to be had
+        (3.12 has none at exit) a later line tries again, and close() does
+        what is left to do.
+        """
+        if _is_uwsgi_master():
+            self.inbox.lines.clear()
+        elif self.thread is None and _starves():
+            self._work_here()
+        elif not self.loop.closing and self._starting.acquire(blocking=False):
+            try:
+                if self.thread is None and (
+                        time.monotonic() > (self.loop.retry.at or 0)):
+                    self._start()
+            except RuntimeError as error:
+                self.thread, self.no_thread = None, error
+                self.loop.shut(error)
+            except BaseException:   # a signal handler raises
+                if self.thread not in threading.enumerate():
+                    self.thread = None
+                raise
+            finally:
+                self._starting.release()
+
+    def _start(self):
+        # Known before it starts: a signal handler may raise as we wait for
+        # it to run.
+        self.thread = threading.Thread(
+            target=self._run, name='unix-notifier', daemon=True)
+        _start(self.thread)
+        # A child of multiprocessing leaves without atexit. It runs its
+        # finalizers, which its bootstrap clears: not sooner.
+        if process.parent_process() is not None:
+            util.Finalize(None, self.close, exitpriority=0)
+
+    def _work_here(self):
+        """What a turn is for a follower that has no loop, in notify().
+
+        The leader hears of it at once. Its answer is taken at the next call,
+        and so is what the kernel does not take now.
+        """
+        while self._take_a_turn() and self.inbox.waiting():
+            pass    # who came meanwhile did not get the turn
+
+    def _take_a_turn(self):
+        """Whether there was one to be had, and nothing failed."""
+        loop, free = self.loop, self.loop.turn.free
+        free.count(None)    # raises where the stack has no room for append()
+        try:
+            del free[0]     # as in _HandOver.send()
+        except IndexError:
+            return False
+        loop.turn.aim = None
+        unsaid = loop.log.unsaid = []       # notify() never logs
+        try:
+            if loop.closing:
+                return False
+            self._say_what_it_is()
+            loop.open()
+            loop.work([(loop.role.hear, 0)])
+            return True
+        finally:
+            loop.log.unsaid = None
+            free.append(True)
+            if unsaid:
+                # Not a Thread, whose start() waits for it to run.
+                _thread.start_new_thread(_log_all, (unsaid,))
+
+    def _say_what_it_is(self):
+        if not self.loop.starves:
+            self.loop.starves = True
+            self.loop.log.say(
+                logging.WARNING, 'monkey-patched, under a server that runs no '
+                'hub between requests, this process only follows, and sends '
+                'as it emits')
+
+    def close(self):
+        """Send what is queued, for a second at most, and free the path."""
+        loop = self.loop
+        if loop.closing or loop.pid != os.getpid():
+            return
+        loop.closing = True
+        deadline = time.monotonic() + _EXIT_TIME
+        loop.turn.outwait(_EXIT_STALL)
+        if self.thread is not None:
+            if self.inbox.waker is not None:
+                self.inbox.waker.set()
+            with contextlib.suppress(RuntimeError):     # it never started
+                self.thread.join(_EXIT_TIME)
+            if self.thread.is_alive():
+                return      # stuck in a log handler, say; leave it its state
+        if (self.thread is not None or loop.files.is_open()
+                or self.inbox.waiting()):
+            self._leave(deadline)
+
+    def _leave(self, deadline):
+        """Serve who is there with what is there; then close, lock last.
+
+        Runs in the exit handler, once the loop has ended, for a turn at
+        least, and until time.monotonic() is ``deadline``.
+        """
+        loop = self.loop
+        with loop.turn.taken():
+            loop.open()
+            loop.role.cut_off()
+        loop.step(0)
+        accounted = loop.fanout.backlog.tail.first
+        loop.role.last_call()
+        progress = time.monotonic()
+        while (any(each.pending() for each in loop.role.streams)
+               and time.monotonic() < min(deadline, progress + _EXIT_STALL)):
+            unread = _unread(loop.role.streams)
+            if (loop.step(_EXIT_STALL)
+                    or _unread(loop.role.streams) != unread):
+                progress = time.monotonic()
+        with loop.turn.taken():
+            loop.inbox.look = _no
+            # Else it owes, to who came meanwhile, what it emitted since.
+            if (loop.path.lock.fd is not None and not loop.inbox.waiting()
+                    and loop.fanout.backlog.tail.first == accounted):
+                with contextlib.suppress(OSError):
+                    loop.path.lock.vacate()
+            loop.role.close()
+            loop.files.close()
+
+    def abandon(self, certain):
+        """In a forked child: leave to the parent what is its own.
+
+        It only closes: to unregister, unlock or shut down would reach the
+        parent, who shares all that. It does not log: locks may be held.
+
+        :param certain: whether nobody can have closed our numbers meanwhile,
+                        nor have been given them anew
+        """
+        loop = self.loop
+        loop.pid = None     # a green thread survives a fork, and looks
+        loop.turn.renew()   # whoever has it may not be here
+        loop.files.abandon(certain, self.inbox.waker)
+        if not certain:     # what is open must not be closed by its object
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
+
+    def _run(self):
+        loop = self.loop
+        if self.no_thread is not None:
+            loop.log.fault(self.no_thread)      # notify() could not
+        while not loop.closing and loop.pid == os.getpid():
+            try:
+                if self.inbox.waker is None:
+                    with _no_fork():
+                        self.inbox.waker = _Event()
+                    continue    # close() did not have it to set
+                loop.step()
+            except Exception as error:
+                if loop.pid == os.getpid():
+                    loop.fanout.again = True    # whatever it was about to do
+                    if not loop.files.is_open():
+                        loop.shut(error)
+                    loop.log.fault(error, not isinstance(error, OSError))
+                    time.sleep(_Backoff.MAX)
+
+
+def _is_uwsgi_master():
+    """Whether this is uWSGI's master, or what will be it.
+
+    uWSGI forks in C, without hooks; a thread that is busy at that instant
+    hangs the worker for good. Mules have worker_id 0, too.
+    """
+    uwsgi = sys.modules.get('uwsgi')
+    return (uwsgi is not None and uwsgi.worker_id() == 0
+            and uwsgi.mule_id() == 0
+            and uwsgi.masterpid() in (0, os.getpid()))
+
+
+def _starves():
+    """Whether a loop would stand still between two requests.
+
+    It would be a green thread, and nobody runs those there, unless uWSGI has
+    a loop engine, such as gevent's.
+    """
+    return _is_patched() and ('mod_wsgi' in sys.modules or (
+        'uwsgi' in sys.modules
+        and getattr(sys.modules['uwsgi'], 'loop', None) is None))
+
+
+def _log_all(records):
+    for record in records:
+        LOG.log(*record)
+
+
 # -- the driver -------------------------------------------------------------
 
 _hubs = {}      # by pid, then by path: one for each
 
 
-def _hub_of(settings, hub_class):
+def _hub_of(settings):
     """The hub of this process on the path; made, if there is none.
 
     Each step is one, for any threads that get here at once; a hub that was
@@ -2204,7 +2670,7 @@ def _hub_of(settings, hub_class):
     for other in [each for each in list(_hubs) if each != pid]:
         for hub in _hubs.pop(other, {}).values():
             hub.abandon(certain=False)
-    return hubs.setdefault(settings.path, hub_class(settings))
+    return hubs.setdefault(settings.path, _Hub(settings))
 
 
 def _at_exit():
@@ -2254,7 +2720,6 @@ class UnixDriver(notifier.Driver):
     ``notify()`` is called. See the module's docstring.
     """
 
-    hub_class = _Hub
     _failed = None      # why there will be no hub
 
     def __init__(self, conf=None, topics=None, transport=None):
@@ -2280,8 +2745,8 @@ class UnixDriver(notifier.Driver):
                             '%(other)s', {'first': self._settings,
                                           'other': settings})
             self._hub.start()
-            if self._hub._thread is None and self._hub._no_thread is not None:
-                self._hub._log.fault(self._hub._no_thread)
+            if self._hub.thread is None and self._hub.no_thread is not None:
+                self._hub.loop.log.fault(self._hub.no_thread)
 
     def __getstate__(self):
         """Leave behind whatever is of this process."""
@@ -2296,7 +2761,7 @@ class UnixDriver(notifier.Driver):
         if settings is None:
             register_opts(conf)
             settings = _read_settings(conf)
-        self._hub = _hub_of(settings, self.hub_class)
+        self._hub = _hub_of(settings)
         self._settings = self._hub.settings
         return settings
 
@@ -2314,18 +2779,18 @@ class UnixDriver(notifier.Driver):
         """
         hub = self._hub
         try:
-            if hub is None or hub._pid != os.getpid():
+            if hub is None or hub.loop.pid != os.getpid():
                 hub = None
                 hub = self._late_hub()
             if hub is not None:
-                hub.emit(message)
+                hub.inbox.emit(message)
         except Exception:   # out of memory, say: lost, and accounted for
             if hub is None:
                 return
             try:
-                hub.drop()
+                hub.inbox.drop()
             except Exception:   # out of stack: it has not even begun
-                hub._gap = next(hub._drops)
+                hub.inbox.gap = next(hub.inbox.drops)
 
     def _late_hub(self):
         """The hub at the first call of a process; None if there will be none.
@@ -2372,7 +2837,7 @@ class UnixDriver(notifier.Driver):
 # the end of a turn, if nobody is there. So who has left the listener when that
 # is looked at is found by the presence, which comes later. A new listener
 # listens once the hello that passes it has been sent: this waits at the
-# uplink, and while it is heard the gate is open. The rest is in _Gate.
+# uplink, and while it is heard the gate is open. The rest is in _Inbox.
 #
 # When the uplink ends, the followers try the lock. Who gets it goes on with
 # the listener that it was passed, so that nobody in its backlog is stranded;
@@ -2387,11 +2852,6 @@ _HELLO = b'unix-notifier relay 1'
 # ms, in which a reader takes megabytes, and which a stopped one costs once.
 _PATIENCE = 20
 
-# Why we cannot lead, but another may: the lock is held, or not for us; or the
-# path is in use, by a leader, it may be, that has lost its lock.
-_LED = (errno.EAGAIN, errno.EPERM, errno.EACCES, errno.EADDRINUSE)
-
-
 # What a leader says; control lines that stand together, and each of them.
 _WELCOME = re.compile(_HELLO + rb' \[(\d+), (\d+), (\d+)\]\n')
 _LOSSES = re.compile(rb'^(?:-\d{1,18} [ -~]{0,80}\n)++', re.MULTILINE)
@@ -2403,7 +2863,7 @@ _GAPS_MAX = 256
 
 
 def _chunks(block):
-    """Whole lines of a follower as chunks: (data, lines, lost).
+    """Whole lines of a follower as chunks: what _Backlog.append() takes.
 
     Losses that stand together make one record. A ValueError, once what
     precedes it was given: it speaks nonsense.
@@ -2419,7 +2879,7 @@ def _chunks(block):
                     for lost, reason in _LOSS.findall(losses[0])]
             lost = min(sum(lost for lost, _ in each), 10 ** 18 - 1)
             if lost:
-                yield _lost_record(lost, max(each)[1].decode()), 0, lost
+                yield b'', 0, lost, max(each)[1].decode()
         elif block.startswith(b'-', start):
             raise ValueError('%r is no loss' % block[start:start + 80])
         else:
@@ -2434,6 +2894,8 @@ class _Uplink(_Subscriber):
     The cursor, the bound and the account are any subscriber's. While there
     is no leader it has no socket, and is blocked.
     """
+
+    slow = 'relay stalled'
 
     def __init__(self, backlog, listen):
         super().__init__(None, backlog, 'the leader')
@@ -2451,28 +2913,28 @@ class _Uplink(_Subscriber):
         self.since = time.monotonic()
         self.blocked = False
 
-    def lost_line(self, lost):
-        return b'-%d relay stalled\n' % lost
+    @staticmethod
+    def lost_line(lost, reason):
+        return b'-%d %s\n' % (lost, reason.encode('ascii'))
 
     def disconnect(self):
-        """Keep what was not sent. A half-sent line goes whole to the next:
+        """Keep what was not sent.
 
-        its LF never left, so the last leader has dropped it.
+        A half-sent line goes whole to the next leader: its LF never left, so
+        the last one has dropped it. Who sends a record next may not be an
+        uplink, and writes it anew.
         """
-        self.sock, self.mask = None, 0
+        self.sock, self.mask, self.ended = None, 0, None
         self.greeted, self.blocked = False, True
         self.offset = self.chunk.data.rfind(b'\n', 0, self.offset) + 1
+        chunk = self.chunk
+        while chunk:
+            chunk.data = b'' if chunk.lost else chunk.data
+            chunk = chunk.next
 
     def forget(self, backlog):
         """Owe nothing: nobody is there to whom it could go."""
         self.chunk, self.offset = backlog.tail, 0
-
-    def rest(self):
-        """All that is pending, as chunks."""
-        parts = [chunk.data for chunk in self.chunks()]
-        if self.offset:
-            parts[0] = parts[0][self.offset:]
-        return [each for part in parts for each in _chunks(part)]
 
 
 class _LineBuffer:
@@ -2511,7 +2973,7 @@ class _LineBuffer:
         return len(self._rest) > self._limit
 
 
-class _Follower:
+class _Source:
     """A follower, as the leader sees it: where lines come from."""
 
     alive = _Subscriber.alive
@@ -2541,400 +3003,280 @@ class _Follower:
         return _chunks(block)
 
 
-def _starves():
-    """Whether a loop would stand still between two requests.
+def _check_peer(sock, path):
+    """Who the peer is; raises PermissionError unless it may be one."""
+    who, uid = _peer(sock)
+    trusted = {0, os.geteuid()}
+    if os.geteuid() == 0:       # who only follows: see _Lock
+        trusted.add(os.stat(os.path.dirname(path)).st_uid)
+    if uid not in trusted:
+        raise PermissionError(errno.EPERM, 'not trusted', who)
+    return who
 
-    It would be a green thread, and nobody runs those there, unless uWSGI has
-    a loop engine, such as gevent's.
+
+def _read_hello(sock, own):
+    """The identity of a listener, the listener, and the presence.
+
+    A ValueError: it is no hello that comes. An OSError: nothing does.
     """
-    return _is_patched() and ('mod_wsgi' in sys.modules or (
-        'uwsgi' in sys.modules
-        and getattr(sys.modules['uwsgi'], 'loop', None) is None))
+    with _no_fork():
+        # Not recv_fds(), which leaves them to whoever is started meanwhile.
+        data, passed, _, _ = sock.recvmsg(
+            4096, socket.CMSG_LEN(2 * 4), socket.MSG_CMSG_CLOEXEC)
+        fds = [fd for _, _, each in passed
+               for fd, in struct.iter_unpack('i', each)]
+        hello = _WELCOME.fullmatch(data)
+        if hello and len(fds) == 2:
+            with contextlib.suppress(OSError):      # it is no socket
+                return (list(map(int, hello.groups())),
+                        own(_unix_socket, fds[0]), own(_Event, fds[1]))
+        for fd in fds:
+            os.close(fd)
+    if not data:
+        raise ConnectionResetError
+    # Without its descriptors, if we are out of them.
+    raise ValueError('%r is not the protocol %r, with two descriptors' % (
+        data[:80], _HELLO))
 
 
-def _log_all(records):
-    for record in records:
-        LOG.log(*record)
+def _let_go(listener, own):
+    """End the streams of all who wait.
+
+    What a leader that was killed had taken in for them has gone with it. Out
+    of descriptors, it raises, for one that was left would go on as if nothing
+    were missing.
+    """
+    with contextlib.suppress(BlockingIOError):
+        for _ in range(_BACKLOG + 1):
+            _hang_up(own(_accept, listener))
 
 
-class _RelayHub(_Hub):
-    """A hub that shares its path with the hubs of other processes."""
+def _inherit(passed, path, own):
+    """The last leader's listener, if the path is still that socket.
 
-    def __init__(self, settings):
-        super().__init__(settings)
-        self._relay_path = self.settings.path + '.relay'
-        # The loop alone. As a follower, and before anything is known:
-        self._uplink = _Uplink(self._backlog, self._on_leader)  # or we lead
-        self._subscribers[self._uplink] = None
+    Needs the lock. An OSError: not yet.
+    """
+    if passed is None:
+        return None
+    if not passed.intact():
+        with contextlib.suppress(OSError), passed.sock as sock:
+            _let_go(sock, own)      # it has lost the path
+        return None
+    # Another may go on with it already, whose lock was removed.
+    path.make_way('.relay')
+    if not path.lock.vacated():
+        _let_go(passed.sock, own)
+    path.lock.write([passed])
+    return passed
+
+
+class _Follower:
+    """Who sends to the leader, or looks for one. Its stream: the uplink."""
+
+    def __init__(self, loop):
+        self._loop = loop
+        self._relay_path = loop.path.name('.relay')
+        self._uplink = _Uplink(loop.fanout.backlog, self._on_leader)
+        self.streams = {self._uplink: None}
         self._left_by = None    # the leader that hung up last
         self._hasty = _Backoff()    # from one that does so again, at once
         self._passed = None     # the leader's listener, by hello
-        self._presence = None   # the leader's, by hello, or our own
-        # As a leader:
-        self._relay = None      # what followers connect to
-        self._followers = {}    # an ordered set
-        self._patience = _PATIENCE  # how often more it waits for readers
-        self._strangers = collections.deque(maxlen=64)  # logged already
+        self._presence = None   # the leader's, by hello
+        self._look_at(_yes)     # until it is clear who serves
 
-    def start(self):
-        """Start the loop, but not in uWSGI's master, or what will be it.
+    def _look_at(self, look):
+        self._look = self._loop.inbox.look = look
 
-        uWSGI forks in C, without hooks; a thread that is busy at that instant
-        hangs the worker for good. Mules have worker_id 0, too. Where a loop
-        would starve there is none: who has come to start it does its work.
-        """
-        uwsgi = sys.modules.get('uwsgi')
-        if (uwsgi is not None and uwsgi.worker_id() == 0
-                and uwsgi.mule_id() == 0
-                and uwsgi.masterpid() in (0, os.getpid())):
-            self._queue.clear()
-        elif _starves():
-            self._work_here()
-        else:
-            super().start()
+    def look_after(self):
+        loop, uplink = self._loop, self._uplink
+        if uplink.sock is None:
+            try:
+                leader = _Leader.claim(loop, functools.partial(
+                    _inherit, self._passed, loop.path, loop.files.own), uplink)
+            except OSError as error:
+                if error.errno not in _LED:
+                    raise
+                self._follow(error)
+            else:
+                # Us: a cycle, which keeps all that is emitted from here on.
+                del uplink.listen
+                return leader
+        if not uplink.greeted:
+            raise BlockingIOError(errno.EAGAIN, 'no answer from %s'
+                                  % uplink.who, self._relay_path)
+        if not self.intact() and not uplink.pending():
+            # The leader does not know yet, or it would be there. What is
+            # pending will have it look as well.
+            with contextlib.suppress(OSError):
+                uplink.sock.send(b'-0 look\n', _AT_ONCE)
+        return self
 
-    def _work_here(self):
-        """What a turn is for a follower that has no loop, in notify().
-
-        The leader hears of it at once. Its answer is taken at the next call,
-        and so is what the kernel does not take now.
-        """
-        free = self._token.free
-        free.count(None)    # raises where the stack has no room for append()
-        try:
-            del free[0]     # as in _hand_over()
-        except IndexError:
-            return
-        unsaid = self._log.unsaid = []      # notify() never logs
-        try:
-            if not self._closing:
-                self._say_what_it_is()
-                self._open()
-                self._work([(self._try_uplink, 0)])
-        finally:
-            self._log.unsaid = None
-            free.append(True)
-            if unsaid:
-                # Not a Thread, whose start() waits for it to run.
-                _thread.start_new_thread(_log_all, (unsaid,))
-
-    def _say_what_it_is(self):
-        if self._selector is None:
-            self._say(logging.WARNING, 'monkey-patched, under a server that '
-                      'runs no hub between requests, this process only '
-                      'follows, and sends as it emits')
-
-    def _try_uplink(self, _mask):
-        if self._uplink.sock is not None:
-            self._on_subscriber(self._uplink, selectors.EVENT_READ)
-            self._uplink.blocked = not self._uplink.greeted
-
-    def _set_open(self, is_open):
-        if self._uplink is not None:
-            # A follower asks the kernel: itself, while the gate is shut, or
-            # once a turn.
-            is_open = self._gate.look()
-        elif is_open:
-            self._presence.set()    # before accept(), as the gate is
-        else:
-            self._presence.clear()
-        super()._set_open(is_open)
-
-    def _flush(self):
-        super()._flush()
-        uplink = self._uplink
-        if uplink is None:
-            self._let_read()
-        elif self._backlog.behind(uplink.chunk) > self._backlog.limit // 2:
-            # It is the leader that is short of time, and of the CPU we take.
-            self._ahead = -1
-
-    def _let_read(self):
-        """Give subscribers time, before more is taken in for them.
-
-        A turn takes in 200 KB from each follower, as much as the kernel
-        holds, and sends as much: the fastest of readers would lose half of
-        what eight busy processes emit. Not for long, unless they do read.
-        """
-        while self._followers and self._subscribers and min(
-                self._backlog.behind(each.chunk) for each in self._subscribers
-                ) > self._backlog.limit // 4:
-            if not self._patience:
-                return
-            self._patience -= 1
-            time.sleep(_GIVE_WAY)
-            self._stay()
-            for each in self._subscribers:
-                each.blocked = False    # to try is to know
-            super()._flush()
-        self._patience = _PATIENCE
-
-    def _gap_line(self, lost, reason):
-        if self._uplink is None:
-            return super()._gap_line(lost, reason)
-        return b'-%d %s\n' % (lost, reason.encode('ascii'))
-
-    def _owned(self):
-        return [each for each in (self._bound, self._relay) if each]
-
-    def _trouble(self, error):
-        if error.errno in _LED and not self._retry.for_long():
-            # It has just come, or is about to leave, or is stopped, or has
-            # lost lock and relay, which it notices within a second. Keep all.
-            self._retry.fail()
-            return
-        super()._trouble(error)
-
-    def _shut(self, error):
-        if self._uplink is None:
-            super()._shut(error)
-            return
-        code = getattr(error, 'errno', None)
-        # For about a second in any case: a leader whose directory is away for
-        # a moment keeps its subscribers.
-        if (code == errno.EAGAIN
-                or self._retry.delay and not self._retry.for_long()
-                or self._passed and self._passed.intact()):
-            self._gate = _Gate(_keep_all, True)
-            return
-        # Nobody can connect while there is no socket at the path. To see that
-        # takes 3 us, to keep what comes 70.
-        if code not in _STARVED:    # or another may lead, whom we owe it
-            self._uplink.forget(self._backlog)
-        self._gate = _Gate(functools.partial(
-            _is_socket, self.settings.path, self._relay_path))
-
-    def _none_waits(self):
-        # There is somebody, or there is no need to tell the leader.
-        return bool(self._gate.look()) != (self._uplink is None)
-
-    def _intact(self):
-        if self._uplink is None:
-            return super()._intact()
+    def intact(self):
         return (self._passed is not None and self._passed.intact()
                 and os.path.exists(self._relay_path))
 
-    # Following.
-
-    def _claim(self):
-        if self._uplink is None or self._uplink.sock is None:
-            try:
-                self._lead()
-                return
-            except OSError as error:
-                if self._uplink is None or error.errno not in _LED:
-                    raise       # we lead, if only those who are connected
-                self._follow(error)
-        if not self._uplink.greeted:
-            raise BlockingIOError(errno.EAGAIN, 'no answer from %s'
-                                  % self._uplink.who, self._relay_path)
-        if not self._intact():
-            # The leader does not know yet, or it would be there.
-            self._backlog.append(b'-0 look\n', 0)
-
-    def _lead(self):
-        if self._thread is None and _starves():
-            # Everybody else on the path would be silent while it stands still.
-            raise PermissionError(
-                errno.EPERM, 'this process only follows', self.settings.path)
-        super()._claim()
-        if self._uplink is not None:
-            self._take_over()
-        if not self._closing:
-            if not (self._relay and self._relay.intact()):
-                self._serve_relay()
-            self._let_in()
-
     def _follow(self, error):
         """Connect to the leader, who answers with a hello; or raise."""
-        sock = self._own(socket.socket, socket.AF_UNIX)     # is passed two
+        loop = self._loop
+        sock = loop.files.own(socket.socket, socket.AF_UNIX)  # is passed two
         try:
             sock.setblocking(False)
             sock.connect(self._relay_path)
-            who = self._check_peer(sock)
+            who = _check_peer(sock, self._relay_path)
             sock.send(_HELLO + b'\n', socket.MSG_NOSIGNAL)
+            self._uplink.sock, self._uplink.who = sock, 'the leader, ' + who
+            loop.fanout.watch(self._uplink)
         except OSError as reason:
-            sock.close()
-            if reason.errno == errno.ENOENT and self._retry.for_long():
+            self._uplink.sock = None
+            _close(sock)
+            if reason.errno == errno.EPERM:
+                loop.log.stranger(reason.filename, reason.strerror)
+            if reason.errno == errno.ENOENT and loop.retry.for_long():
                 # A leader that has lost its relay does not notice while there
                 # is nothing to do. So knock; not sooner than it would look,
                 # nor at one that is about to leave.
-                _answers(self.settings.path)
+                _answers(loop.settings.path)
             raise error
-        self._uplink.sock, self._uplink.who = sock, 'the leader, ' + who
-        self._rewatch(self._uplink)
 
-    def _on_subscriber(self, subscriber, mask):
-        if mask & selectors.EVENT_WRITE:
-            self._patience = _PATIENCE
-        super()._on_subscriber(subscriber, mask)
-
-    def _check_peer(self, sock):
-        """Who the peer is; raises PermissionError unless it may be one."""
-        pid, uid = _peer(sock)
-        who = 'pid %d, uid %d' % (pid, uid)
-        trusted = {0, os.geteuid()}
-        if os.geteuid() == 0:   # who only follows: see _Lock
-            trusted.add(os.stat(os.path.dirname(self.settings.path)).st_uid)
-        if uid not in trusted:
-            self._log_stranger(who, 'not trusted')
-            raise PermissionError
-        return who
-
-    def _log_stranger(self, who, why):
-        """Once for each process, whatever it comes up with."""
-        if who not in self._strangers:
-            self._strangers.append(who)
-            self._say(logging.WARNING, 'relay refused: %s: %s', who, why)
+    def hear(self, _mask):
+        """Take what the leader has sent, where no selector is asked."""
+        if self._uplink.sock is not None:
+            self._loop.fanout.on_event(self._uplink, selectors.EVENT_READ)
+            self._uplink.blocked = not self._uplink.greeted
 
     def _on_leader(self):
         """Hear a hello, again when the listener is new; or why to part."""
         # Open, for a new hello is one of the things that the gate looks at.
-        gate, self._gate = self._gate, _Gate(_keep_all, True)
+        look = self._look
+        self._look_at(_yes)
         try:
-            hello = self._hear()
+            hello = _read_hello(self._uplink.sock, self._loop.files.own)
         except BlockingIOError:     # see _Event.clear()
-            self._gate = gate
+            self._look_at(look)
             return None
         except OSError:
             return 'it is gone'
         except ValueError as error:
-            self._log_stranger(self._uplink.who, error)
+            self._loop.log.stranger(self._uplink.who, error)
             return 'it is gone'
         self._greeted(*hello)
         return None
 
-    def _hear(self):
-        """The identity of a listener, the listener, and the presence.
-
-        A ValueError: it is no hello that comes. An OSError: nothing does.
-        """
-        with _no_fork():
-            data, fds, _, _ = socket.recv_fds(self._uplink.sock, 4096, 2)
-            for fd in fds:
-                os.set_inheritable(fd, False)   # recv_fds cannot be told
-            hello = _WELCOME.fullmatch(data)
-            if hello and len(fds) == 2:
-                with contextlib.suppress(OSError):      # it is no socket
-                    return (list(map(int, hello.groups())),
-                            self._own(_unix_socket, fds[0]),
-                            self._own(_Event, fds[1]))
-            for fd in fds:
-                os.close(fd)
-        if not data:
-            raise ConnectionResetError
-        # Without its descriptors, if we are out of them.
-        raise ValueError('%r is not the protocol %r, with two descriptors' % (
-            data[:80], _HELLO))
-
     def _greeted(self, identity, sock, presence):
+        loop, uplink = self._loop, self._uplink
         sock.setblocking(False)
         # In this order: see the top of this part.
-        gate = _Gate(_poll(sock.fileno(), presence.fileno(),
-                           self._uplink.sock.fileno()))
-        if _starves():
+        look = _poll(sock.fileno(), presence.fileno(), uplink.sock.fileno())
+        if loop.starves:
             # It would hear late of the leader's end, and hold its listener
             # meanwhile, at which others would wait in vain.
             sock.close()
-            gate = _Gate(_keep_all, True)
-        if not self._uplink.greeted:
-            self._log.serves('relayed to ' + self._uplink.who, anew=False)
-            if not gate.look():
-                self._uplink.forget(self._backlog)  # nobody is owed it
-        self._gate = gate
+            look = _yes
+        if not uplink.greeted:
+            loop.log.serves('relayed to ' + uplink.who, anew=False)
+            if not look():
+                uplink.forget(loop.fanout.backlog)   # nobody is owed it
+        self._look_at(look)
         self._presence = presence
-        old, self._passed = self._passed, _Bound(
-            self.settings.path, sock, identity)
+        old, self._passed = self._passed, _Bound(loop.settings.path, sock,
+                                                 identity)
         if old is not None:
             old.sock.close()
-        self._uplink.greet()
-        self._check_path()      # all is well
+        uplink.greet()
+        loop.retry.at = uplink.since    # at once: all is well
 
-    def _part(self, subscriber, reason):
-        if subscriber is not self._uplink:
-            super()._part(subscriber, reason)
-            return
-        # The leader has gone. What it is owed is kept for the next.
-        greeted = subscriber.greeted
-        self._gate = _Gate(_keep_all, True)     # before what it looks at goes
-        self._unwatch(subscriber.sock)
-        subscriber.sock.close()
-        subscriber.disconnect()
+    def see_off(self, uplink):
+        """The leader has gone. What it is owed is kept for the next."""
+        loop, greeted, sock = self._loop, uplink.greeted, uplink.sock
+        self._look_at(_yes)     # before what it looks at goes
+        loop.files.unwatch(sock)
+        sock.close()
+        uplink.disconnect()
         if not greeted:
             return      # it is tried again when due, not without end
-        if (subscriber.who != self._left_by
-                or time.monotonic() - subscriber.since > _CHECK_INTERVAL):
-            self._left_by = subscriber.who
+        if (uplink.who != self._left_by
+                or time.monotonic() - uplink.since > _CHECK_INTERVAL):
+            self._left_by = uplink.who
             self._hasty.clear()
-            self._check_path()
+            loop.retry.at = time.monotonic()    # at once
         else:           # again, so it was not killed
             self._hasty.fail()
-            self._retry.at = self._hasty.at
+            loop.retry.at = self._hasty.at
             if self._hasty.for_long():
-                self._log_stranger(subscriber.who, 'it hangs up each time')
+                loop.log.stranger(uplink.who, 'it hangs up each time')
 
-    # Leading.
+    def shut(self, error):
+        """Keep what comes, unless nobody can be there to whom we owe it."""
+        loop, code = self._loop, getattr(error, 'errno', None)
+        # For about a second in any case: a leader whose directory is away for
+        # a moment keeps its subscribers.
+        if (code == errno.EAGAIN
+                or loop.retry.delay and not loop.retry.for_long()
+                or self._passed and self._passed.intact()):
+            self._look_at(_yes)
+            return
+        # Nobody can connect while there is no socket at the path. To see that
+        # takes 3 us, to keep what comes 70.
+        if code not in _STARVED:    # or another may lead, whom we owe it
+            self._uplink.forget(loop.fanout.backlog)
+        self._look_at(functools.partial(
+            _is_socket, loop.settings.path, self._relay_path))
 
-    def _listener(self):
-        """The last leader's listener, if the path is still that socket."""
-        if self._uplink is not None:
-            self._presence = self._own(_Event)
-        passed = self._passed
-        if passed is None:
-            return super()._listener()
-        if passed.intact():
-            # Another may go on with it already, whose lock was removed.
-            self._make_way(self._relay_path)
-            if not self._lock.vacated():
-                self._let_go(passed.sock)
-            self._lock.write([passed])
-            return passed
-        self._passed = None
-        with contextlib.suppress(OSError), passed.sock as sock:
-            self._let_go(sock)      # it has lost the path
-        return super()._listener()
+    # The leader has the listener, and the files are closed for us.
+    take = accept = cut_off = last_call = close = _nothing
 
-    def _let_go(self, listener):
-        """End the streams of all who wait.
+    def settle(self):
+        """The end of a turn: ask the kernel who is there.
 
-        What a leader that was killed had taken in for them has gone with it.
-        Out of descriptors, it raises, for one that was left would go on as if
-        nothing were missing.
+        notify() does so itself while there is nobody.
         """
-        with contextlib.suppress(BlockingIOError):
-            for _ in range(_BACKLOG + 1):
-                _hang_up(self._own(_accept, listener))
+        self._loop.inbox.look = _yes if self._look() else self._look
+        uplink, backlog = self._uplink, self._loop.fanout.backlog
+        if backlog.behind(uplink.chunk) > backlog.limit // 2:
+            # It is the leader that is short of time, and of the CPU we take.
+            self._loop.inbox.ahead = -1
 
-    def _take_over(self):
-        """Lead. What the uplink is owed goes to those who wait."""
-        uplink, self._uplink, self._passed = self._uplink, None, None
-        del self._subscribers[uplink]
-        self._accept()
-        for chunk in uplink.rest():
-            self._backlog.append(*chunk)
-        self._unsent = True     # we may be in _flush(), and past them
+    def clear(self):
+        """What notify() has to find before it sends: there is somebody."""
+        return self._look, True
 
-    def _announce(self):
-        for follower in list(self._followers):
-            self._greet(follower)
 
-    def _serve_relay(self):
-        self._make_way(self._relay_path)
-        relay = _bind(self._own(_unix_socket), self._relay_path, 0o600,
-                      self._lock, backlog=_BACKLOG)
-        self._close_relay()
-        self._relay = relay
+class _Relay:
+    """The followers of a leader: what they look at, and hand on."""
 
-    def _close_relay(self):
-        if self._relay is not None:
-            self._close_listener(self._relay)
-            self._relay = None
+    def __init__(self, loop):
+        self._loop = loop
+        self._path = loop.path
+        self._presence = loop.files.own(_Event)
+        self.sources = {}      # an ordered set
+        self._handed = []       # chunks
+        self._listener = None   # the subscribers', which is passed
+        self._patience = _PATIENCE  # how often more it waits for readers
+
+    def show(self, anyone):
+        if anyone:
+            self._presence.set()
+        else:
+            self._presence.clear()
+
+    def announce(self, bound):
+        self._listener = bound
+        for source in list(self.sources):
+            self._greet(source)
+
+    def look_after(self):
+        """Have others find us, or raise OSError."""
+        relay = self._path.bound.get('.relay')
+        if not (relay and relay.intact()):
+            self._path.put(self._path.bind('.relay', backlog=_BACKLOG),
+                           '.relay')
+        self._let_in()
 
     def _on_relay(self, _mask):
         try:
             self._let_in()
         except OSError as error:
-            self._trouble(error)
+            self._loop.trouble(error)
 
     def _let_in(self):
         """Accept all who come to follow, or raise OSError.
@@ -2942,98 +3284,106 @@ class _RelayHub(_Hub):
         Out of descriptors, they wait, and keep what they have; the relay,
         which would be reported for ever, is not watched until the next try.
         """
-        self._unwatch(self._relay.sock)
+        files, sock = self._loop.files, self._path.bound['.relay'].sock
+        files.unwatch(sock)
         with contextlib.suppress(BlockingIOError):
             for _ in range(_BACKLOG + 1):
-                self._welcome(self._own(_accept, self._relay.sock))
-        self._watch(self._relay.sock, self._on_relay)
+                self._welcome(files.own(_accept, sock))
+        files.watch(sock, self._on_relay)
 
     def _welcome(self, sock):
-        sock.setblocking(False)
         try:
-            follower = _Follower(sock, self._check_peer(sock))
-        except OSError:
+            source = _Source(sock, _check_peer(sock, self._loop.settings.path))
+            self._loop.files.watch(
+                sock, functools.partial(self._on_source, source))
+        except OSError as error:
+            if error.errno == errno.EPERM:
+                self._loop.log.stranger(error.filename, error.strerror)
             _hang_up(sock)
             return
-        self._followers[follower] = None
-        self._watch(sock, functools.partial(self._on_follower, follower))
-        self._greet(follower)
+        self.sources[source] = None
+        self._greet(source)
 
-    def _greet(self, follower):
+    def _greet(self, source):
         hello = b'%s %s\n' % (
-            _HELLO, json.dumps(self._bound.identity).encode())
+            _HELLO, json.dumps(self._listener.identity).encode())
         try:
-            socket.send_fds(follower.sock, [hello], [
-                self._bound.sock.fileno(), self._presence.fileno()],
+            socket.send_fds(source.sock, [hello], [
+                self._listener.sock.fileno(), self._presence.fileno()],
                 socket.MSG_NOSIGNAL)
         except OSError:
-            self._drain(follower)   # gone, it may have left much to read
-            self._dismiss(follower)
+            self._drain(source)     # gone, it may have left much to read
+            self._dismiss(source)
 
-    def _on_follower(self, follower, _mask):
+    def _on_source(self, source, _mask):
+        if source not in self.sources:
+            return      # dismissed earlier in this turn
         try:
-            self._handed += follower.read()
+            self._handed += source.read()
         except BlockingIOError:
             pass        # see _Event.clear()
         except (OSError, EOFError):
-            self._dismiss(follower)
+            self._dismiss(source)
         except ValueError as error:
-            self._log_stranger(follower.who, error)
-            self._dismiss(follower)
+            self._loop.log.stranger(source.who, error)
+            self._dismiss(source)
 
-    def _dismiss(self, *followers):
-        for follower in followers:
-            del self._followers[follower]
-            self._unwatch(follower.sock)
-            _hang_up(follower.sock)
+    def _dismiss(self, source):
+        del self.sources[source]
+        self._loop.files.unwatch(source.sock)
+        _hang_up(source.sock)
 
-    def _resign(self):
-        self._cut_off_followers()
-        self._dismiss(*self._followers)
-        # What followers have handed on is for those who are still here. It
-        # must not go on to the new leader: the followers may get there before
-        # us, with what they emitted later. There, it is lost.
-        lost = sum(lines + lost for _, lines, lost in self._handed)
-        self._take(0, self._handed)
-        self._handed = []
-        self._flush()
-        super()._resign()
-        self._uplink = _Uplink(self._backlog, self._on_leader)
-        self._subscribers[self._uplink] = None
-        if lost:
-            self._backlog.append(self._gap_line(lost, 'leader replaced'),
-                                 0, lost)
+    def take(self):
+        handed, self._handed = self._handed, []
+        return handed
 
-    def _cut_off(self):
+    def give_time(self, streams, fanout):
+        """Let subscribers read, before more is taken in for them.
+
+        A turn takes in 200 KB from each follower, as much as the kernel
+        holds, and sends as much: the fastest of readers would lose half of
+        what eight busy processes emit. Not for long, unless they do read.
+        """
+        if fanout.drained:
+            self._patience, fanout.drained = _PATIENCE, False
+        while self.sources and streams and min(
+                fanout.backlog.behind(each.chunk) for each in streams
+                ) > fanout.backlog.limit // 4:
+            if not self._patience:
+                return
+            self._patience -= 1
+            time.sleep(_GIVE_WAY)
+            self._loop.stay()
+            for each in streams:
+                each.blocked = False    # to try is to know
+            fanout.flush(streams)
+        self._patience = _PATIENCE
+
+    def followed(self):
         # Asked, for one that left just now is still among them.
-        if not any(each.alive() for each in self._followers):
-            super()._cut_off()
-        self._cut_off_followers()
+        return any(each.alive() for each in self.sources)
 
-    def _cut_off_followers(self):
-        self._close_relay()
-        for follower in self._followers:
-            self._drain(follower)
+    def cut_off(self):
+        self._path.free('.relay')
+        for source in self.sources:
+            self._drain(source)
 
-    def _drain(self, follower):
+    def _drain(self, source):
         """Take in what a follower has sent; what it sends next fails."""
-        self._unwatch(follower.sock)
+        self._loop.files.unwatch(source.sock)
         with contextlib.suppress(OSError, EOFError, ValueError):
-            follower.sock.shutdown(socket.SHUT_RD)
+            source.sock.shutdown(socket.SHUT_RD)
             while True:
-                self._handed += follower.read()
+                self._handed += source.read()
 
-    def _close_all(self):
-        self._subscribers.pop(self._uplink, None)
-        if self._followers:
-            # They go on with the listener; who has connected waits in it.
-            self._bound.sock.close()
-            self._bound = None
-        self._dismiss(*self._followers)
-        super()._close_all()
+    def close(self):
+        for source in list(self.sources):
+            self._dismiss(source)
+        self._presence.close()
 
 
-UnixDriver.hub_class = _RelayHub
+# All that RELAY changes of STREAM.
+_Loop.seek, _Loop.others = _Follower, _Relay
 
 
 # ---------------------------------------------------------------------------

@@ -216,7 +216,7 @@ class Service:
     def queued(self):
         """How many entries wait in the queues of the driver."""
         hubs = sys.modules['unix_notifier']._hubs[os.getpid()]
-        return sum(len(hub._queue) for hub in hubs.values())
+        return sum(len(hub.inbox.lines) for hub in hubs.values())
 
     def log_to(self, path):
         """From now on, as a service does that sets up its log late."""

@@ -121,11 +121,8 @@ class Machine(stateful.RuleBasedStateMachine):
 
     @stateful.rule(lost=strategies.integers(1, 1000))
     def lose(self, lost):
-        self.backlog.append(self.record(lost), 0, lost)
+        self.backlog.append(b'', 0, lost, 'queue full')
         self.emitted += lost
-
-    def record(self, lost):
-        return unix_notifier._lost_record(lost, 'queue full')
 
     @stateful.precondition(lambda self: self.subscribers)
     @stateful.rule(data=strategies.data(), room=strategies.integers(0, 5000))
@@ -189,9 +186,6 @@ class UplinkMachine(Machine):
 
     join = None
 
-    def record(self, lost):
-        return b'-%d queue full\n' % lost
-
     @stateful.precondition(lambda self: self.uplink.sock is None)
     @stateful.rule()
     def follow(self):
@@ -210,12 +204,15 @@ class UplinkMachine(Machine):
         return self.received + uplink.sock.data.split(b'\n')[:-1]
 
     def drain(self, uplink):
-        """Lead: what is left goes out as chunks of one's own."""
+        """Lead: who waited begins where the uplink was."""
         if uplink.sock is not None:
             self.leader_goes()
-        for data, lines, lost in uplink.rest():
-            assert data.count(b'\n') == lines + bool(lost)
-            self.received += data.split(b'\n')[:-1]
+        heir = unix_notifier._Subscriber(Socket(), self.backlog, '',
+                                         start=uplink)
+        super().drain(heir)
+        lines = super().lines(heir)
+        assert heir.received() == sum(b'"n"' in line for line in lines)
+        self.received += lines
 
 
 class ModelTest(base.BaseTestCase):
@@ -255,9 +252,8 @@ class RelayTest(base.BaseTestCase):
             try:
                 for block in blocks:
                     for chunk in unix_notifier._chunks(block):
-                        self.assertEqual(chunk[1] + bool(chunk[2]),
-                                         chunk[0].count(b'\n'))
-                        lines, lost = lines + chunk[1], lost + chunk[2]
+                        self.assertEqual(chunk[1], chunk[0].count(b'\n'))
+                        lines, lost = lines + chunk[1], lost + sum(chunk[2:3])
             except ValueError:
                 return lines, lost, 'nonsense'
             return lines, lost

@@ -4639,7 +4639,113 @@ class SubscribeTest(ConsumerTestCase):
                 service.close()
 
         self.in_thread(serve)
-        self.assertEqual(5, account(itertools.islice(stream, 5)))
+        messages = list(itertools.islice(stream, 9))
+        self.assertEqual(5, account(messages[::2]))
+        self.assertEqual({'notifications.interrupted'},
+                         {each['event_type'] for each in messages[1::2]})
+
+    def come_back(self, *lines):
+        """A subscription whose stream ended, and the next, which gives these.
+
+        :returns: the subscription, and the service's end of it
+        """
+        listener = self.serve()
+        stream = self.subscribe()
+        service = self.connection(listener)
+        service.sendall(line(0))
+        service.close()
+        self.assertEqual(numbered(0), next(stream))
+        return stream, self.reconnect(stream, listener, *lines)
+
+    def reconnect(self, stream, listener, *lines):
+        wait_until(lambda: stream.take(time.monotonic() + 0.01) or (
+            select.select([listener], [], [], 0)[0]))
+        service = self.connection(listener)
+        service.sendall(b''.join(lines))
+        return service
+
+    def assertInterrupted(self, found, reason):
+        self.assertEqual(KEYS, list(found))
+        self.assertEqual(
+            ('notifications.interrupted', 'WARN', ['seconds', 'reason']),
+            (found['event_type'], found['priority'], list(found['payload'])))
+        self.assertEqual(reason, found['payload']['reason'])
+        return found['payload']['seconds']
+
+    def test_interruption_is_told_before_what_comes_next(self):
+        stream, service = self.come_back(b'rubbish\n', line(1), line(2))
+        seconds = self.assertInterrupted(next(stream), 'the stream ended')
+        self.assertTrue(0 < seconds < PROMPT, seconds)
+        self.assertEqual(3, account([next(stream), next(stream)], 1))
+        service.sendall(line(3))
+        self.assertEqual(numbered(3), next(stream))
+
+    def test_interruption_is_told_though_nothing_comes(self):
+        self.patch('_Backoff.MAX', 0.2)
+        stream, service = self.come_back()
+        begin = stream._since
+        self.assertInterrupted(next(stream), 'the stream ended')
+        self.assertGreater(time.monotonic() - begin, 0.19)
+        self.assertIsNone(stream.take(time.monotonic() + 0.3))
+        service.sendall(line(1))
+        self.assertEqual(numbered(1), next(stream))
+
+    def test_interruption_lasts_while_it_is_refused(self):
+        listener = self.serve()
+        stream = self.subscribe()
+        refused = unix_notifier._record('notifications.refused', reason='full')
+        service = self.connection(listener)
+        for number in range(3):     # at first, too
+            service.sendall(refused)
+            service.close()
+            self.assertEqual('notifications.refused',
+                             next(stream)['event_type'])
+            if not number:
+                begin = stream._since
+            service = self.reconnect(stream, listener)
+        service.sendall(line(1))
+        seconds = self.assertInterrupted(next(stream), 'refused: full')
+        self.assertGreaterEqual(seconds, round(stream._since - begin, 3) - 0.1)
+        self.assertEqual(numbered(1), next(stream))
+
+    def test_interruption_includes_the_time_that_nobody_asked(self):
+        listener = self.serve()
+        stream = self.subscribe()
+        service = self.connection(listener)
+        service.sendall(line(0))
+        service.close()
+        stream._seen_until -= 60    # both have waited since
+        self.assertEqual(numbered(0), next(stream))
+        service = self.reconnect(stream, listener, line(1))
+        seconds = self.assertInterrupted(next(stream), 'the stream ended')
+        self.assertTrue(60 <= seconds < 60 + PROMPT, seconds)
+        next(stream)
+        for waiting in (lambda: threading.Timer(0.05, service.close).start(),
+                        lambda: stream.take(0) or service.close()):
+            stream._seen_until -= 60
+            waiting()
+            self.assertIsNone(stream.take(time.monotonic() + 0.2))
+            service = self.reconnect(stream, listener, line(1))
+            seconds = self.assertInterrupted(next(stream), 'the stream ended')
+            self.assertLess(seconds, PROMPT)
+            self.assertEqual(numbered(1), next(stream))
+
+    def test_interruption_names_what_the_kernel_said(self):
+        listener = self.serve()
+        stream = self.subscribe()
+        service = self.connection(listener)
+        stream._sock.send(b'unread')
+        service.close()
+        self.reconnect(stream, listener, line(1))
+        self.assertInterrupted(next(stream), 'Connection reset by peer')
+
+    def test_interruption_is_told_however_short_lines_may_be(self):
+        listener = self.serve()
+        stream = self.subscribe(max_line=10)
+        self.connection(listener).close()
+        self.reconnect(stream, listener, b'{"a": 1}\n')
+        self.assertInterrupted(next(stream), 'the stream ended')
+        self.assertEqual({'a': 1}, next(stream))
 
     def test_who_is_refused_asks_ever_less_often_and_quietly(self):
         listener = self.serve()
@@ -5103,6 +5209,40 @@ class ListenerTest(ConsumerTestCase):
                          listener.poll()[0].message['payload'])
         self.assertEqual(1, self.logged('refused: full'))
 
+    def test_interruption_is_a_message(self):
+        server = self.serve()
+        listener = unix_notifier._Listener(self.path, 10)
+        self.addCleanup(listener.cleanup)
+
+        def serve():
+            for number in range(3):
+                service = self.connection(server)
+                service.sendall(line(number))
+                service.close()
+
+        self.in_thread(serve)
+        for number in range(3):
+            batch = listener.poll(batch_size=2 if number else 1)
+            self.assertEqual(numbered(number), batch[-1].message)
+            self.assertEqual(
+                [('notifications.interrupted', 'WARN')] if number else [],
+                [(each.message['event_type'], each.message['priority'])
+                 for each in batch[:-1]])
+
+    def test_who_reads_no_more_for_now_hears_of_no_interruption(self):
+        self.patch('_Backoff.MAX', 0.01)
+        listener = self.listener()
+        self.send(*range(100))
+        out = [listener.poll()[0] for _ in range(100)]
+        self.service.close()
+        begin = time.thread_time()
+        self.assertEqual([], listener.poll(timeout=0.2))
+        self.assertLess(time.thread_time() - begin, 0.1)
+        out[0].acknowledge()
+        incoming, = listener.poll()
+        self.assertEqual('notifications.interrupted',
+                         incoming.message['event_type'])
+
     def test_line_that_is_too_long_is_told_lost(self):
         listener = self.listener()
         self.in_thread(lambda: self.service.sendall(
@@ -5310,6 +5450,12 @@ class CommandLineTest(base.BaseTestCase):
         text = unix_notifier._text(json.loads(
             unix_notifier._lost_record(5, 'why')))
         self.assertTrue(text.endswith('{"lost": 5, "reason": "why"}'), text)
+
+    def test_text_of_an_interruption_tells_how_long(self):
+        text = unix_notifier._text(json.loads(unix_notifier._record(
+            'notifications.interrupted', seconds=0.5, reason='why')))
+        self.assertTrue(text.endswith('{"seconds": 0.5, "reason": "why"}'),
+                        text)
 
     def test_wrong_arguments_are_named(self):
         for argv, text in ((['x'], "'x' is not an absolute path"),

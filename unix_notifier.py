@@ -3393,10 +3393,17 @@ _Loop.seek, _Loop.others = _Follower, _Relay
 # A subscription is a connection that comes back, and the lines on it. The
 # iterator, the listener of the transport and the command line are built on
 # it. Losses are the publisher's to report, as records in the stream: who
-# does not keep up stops reading, and hears of them.
+# does not keep up stops reading, and hears of them. What is missed between two
+# connections nobody could count: of that, each makes a record itself.
 
 _LOST = 'notifications.lost'
 _REFUSED = 'notifications.refused'
+_INTERRUPTED = 'notifications.interrupted'
+_CONTROL = (_LOST, _REFUSED, _INTERRUPTED)
+
+# Seconds: a wait for the socket that took longer began with nothing there, and
+# the stream had not ended by then. One that finds something takes 10 us.
+_WAITED = 1e-3
 
 # NaN and infinities are no JSON: null, as the driver sends it.
 _DECODER = json.JSONDecoder(parse_constant=lambda name: None)
@@ -3450,6 +3457,16 @@ def _lost_by(payload):
     return lost if type(lost) is int and 0 < lost <= _LOST_MAX else 0
 
 
+def _decode(line):
+    """The message that a line holds, or None: it is no JSON object."""
+    try:
+        # Not json.loads(), which guesses the encoding: 8 us, not 7.
+        message = _DECODER.decode(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    return message if isinstance(message, dict) else None
+
+
 def _strict(message):
     """The line of a message that was read, as the driver would send it."""
     try:
@@ -3474,7 +3491,11 @@ class _Subscription(abc.Iterator):
         self.closed = False     # for good: no more will come
         self._reading = threading.Lock()    # by who reads, or disconnects
         self._since = 0         # time.monotonic() when it connected
-        self._lines = collections.deque()   # that came and were not taken
+        self._seen_until = 0    # the same: nothing was missed before that
+        self._gap = None        # since when, and why, while that is untold
+        self._refusal = None    # the reason, once this connection got one
+        # That came and were not taken; None for the record of a gap.
+        self._lines = collections.deque()
         self._retry = _Backoff()    # its delay outlasts a connection
         self._told = set()      # what was logged and need not be again
         self._lost = 0          # notifications, by the records
@@ -3533,27 +3554,41 @@ class _Subscription(abc.Iterator):
 
     def _wait(self, deadline, paused):
         """Take in what comes, or try again; False after wake() or too late."""
-        if self._sock is None and time.monotonic() >= self._retry.at:
+        sock, until = self._sock, deadline
+        if sock is None and time.monotonic() >= self._retry.at:
             self._connect()
             return True
-        # Not epoll, which a forked child shares: what it took out there, when
-        # it closed its copy, we would await for ever. eventlet has no poll().
-        selector = getattr(selectors, 'PollSelector',
-                           selectors.DefaultSelector)()
-        selector.register(self._waker, selectors.EVENT_READ)
-        until = deadline
-        if self._sock is None:
+        if sock is None:
             until = min(deadline, self._retry.at)
-        elif not paused:
-            selector.register(self._sock, selectors.EVENT_READ)
-        ready = [key.fileobj for key, _ in selector.select(
-            None if until == math.inf else until - time.monotonic())]
+        elif self._gap and not paused:
+            until = min(deadline, self._since + _Backoff.MAX)
+        ready = self._select(until, None if paused else sock)
         if self._waker in ready:
             self._waker.clear()
             return False
         if ready:
             self._receive()
-        return bool(ready and self._lines) or time.monotonic() < deadline
+        if self._gap and not paused and self._sock is not None:
+            self._tell_gap()
+        return bool(self._lines and not paused) or time.monotonic() < deadline
+
+    def _select(self, until, sock):
+        """Which of the waker and the socket, if any, can be read."""
+        # Not epoll, which a forked child shares: what it took out there, when
+        # it closed its copy, we would await for ever. eventlet has no poll().
+        selector = getattr(selectors, 'PollSelector',
+                           selectors.DefaultSelector)()
+        selector.register(self._waker, selectors.EVENT_READ)
+        if sock is not None:
+            selector.register(sock, selectors.EVENT_READ)
+        began = time.monotonic()
+        ready = [key.fileobj for key, _ in selector.select(
+            None if until == math.inf else until - began)]
+        ended = time.monotonic()
+        if sock is not None and (
+                sock not in ready or ended - began > _WAITED):
+            self._seen_until = ended
+        return ready
 
     def _connect(self):
         self._buffer = _LineBuffer(self._max_line)
@@ -3568,7 +3603,8 @@ class _Subscription(abc.Iterator):
             self._retry.fail()
             self.say_once(logging.INFO, 'waiting for it: %s', error.strerror)
             return
-        self._since = time.monotonic()
+        self._since = self._seen_until = time.monotonic()
+        self._refusal = None
         self.say_once(logging.INFO, 'connected')
 
     def _receive(self):
@@ -3576,12 +3612,16 @@ class _Subscription(abc.Iterator):
             block = self._buffer.receive(self._sock)
             # Not splitlines(), which would split at a carriage return, too.
             self._lines.extend(block.split(b'\n')[:-1])
-        except (EOFError, OSError):     # reset: it had not read all we sent
-            self._on_end()
+        except EOFError:
+            self._on_end('the stream ended')
+        except OSError as error:    # reset: it had not read all we sent
+            self._on_end(error.strerror)
 
-    def _on_end(self):
+    def _on_end(self, reason):
         """The stream has ended. A line without its end is discarded."""
         self._disconnect()
+        since = self._gap[0] if self._gap else self._seen_until
+        self._gap = since, self._refusal or reason
         if not self._reconnect:
             self.closed = True
         # Unless it refuses us: it must not be asked, nor be logged, for ever.
@@ -3590,6 +3630,26 @@ class _Subscription(abc.Iterator):
             self._told.clear()
         self._retry.fail()
         self.say_once(logging.INFO, 'disconnected')
+
+    def _tell_gap(self):
+        """Have a record come first, unless this connection is refused, too.
+
+        That is known by its first line, or by a second without any. Till
+        then the gap goes on.
+        """
+        if self._lines:
+            line = self._lines[0]
+            first = len(line) <= self._max_line and _decode(line) or {}
+            tells = first.get('event_type') != _REFUSED
+        else:
+            tells = time.monotonic() - self._since >= _Backoff.MAX
+        if tells:
+            self._lines.appendleft(None)
+
+    def _gap_line(self):
+        (since, reason), self._gap = self._gap, None
+        return _record(_INTERRUPTED, seconds=round(self._since - since, 3),
+                       reason=reason)
 
     def _disconnect(self):
         if self._sock is not None:
@@ -3604,16 +3664,14 @@ class _Subscription(abc.Iterator):
             self._sock.close()
 
     def _parse(self, line):
-        if len(line) > self._max_line:
+        if line is None:
+            line = self._gap_line()
+        elif len(line) > self._max_line:
             line = _lost_record(1, 'it took more than %d bytes' %
                                 self._max_line)
         self.line = line
-        try:
-            # Not json.loads(), which guesses the encoding: 8 us, not 7.
-            message = _DECODER.decode(line.decode())
-        except (ValueError, RecursionError):
-            message = None
-        if not isinstance(message, dict):
+        message = _decode(line)
+        if message is None:
             self.say_once(logging.WARNING, 'not a JSON object, dropped: %r',
                           line[:80])
             return None
@@ -3626,6 +3684,7 @@ class _Subscription(abc.Iterator):
         payload = payload if isinstance(payload, dict) else {}
         reason = _printable(payload.get('reason'))
         if event_type == _REFUSED:
+            self._refusal = 'refused: ' + reason
             self.say_once(logging.WARNING, 'refused: %s', reason)
             return
         self._lost += _lost_by(payload)
@@ -3651,13 +3710,16 @@ def subscribe(path, *, reconnect=True, max_line=_READ_MAX):
     When this returns it is connected, if the service is there, and whatever
     is published from then on will be seen. It waits for a service that is
     not there, and for one that has gone, trying again after 10 ms, doubling
-    to 1 s. What is published in between is not seen, nor counted. A
+    to 1 s. What is published in between is not seen, nor counted: when it
+    has come back, a record comes first, ``notifications.interrupted``, like
+    any notification, whose payload is ``{'seconds': number, 'reason':
+    text}``. What was published in so many seconds before it came back may be
+    missing: since it last waited in vain for more, or for the end. A
     subscriber that does not keep up loses the oldest, and gets a record of
-    it: a ``notifications.lost``, like any notification, whose payload is
-    ``{'lost': number, 'reason': text}``. A ``notifications.refused`` says
-    why the service has closed the connection. Lines that are no JSON
-    objects are dropped, and logged once; of one that is too long there is a
-    record, too.
+    it: ``notifications.lost``, with ``{'lost': number, 'reason': text}``. A
+    ``notifications.refused`` says why the service has closed the connection.
+    Lines that are no JSON objects are dropped, and logged once; of one that
+    is too long there is a record, too.
 
     Leaving the loop closes the socket; so do ``close()``, from any thread or
     a signal's handler, and the end of a ``with`` block. A forked child may
@@ -3942,9 +4004,10 @@ class UnixTransportDriver(_base.BaseDriver):
         transport_url = unix:///run/nova/notifications.sock
 
     Every listener gets every notification, whatever its targets, and a
-    record of those that it lost, with priority warn. It waits for the
-    service, and reconnects. At most 100 messages, or one batch, wait for
-    being acknowledged; a requeued one returns after 1 s, doubling to 30 s.
+    record, with priority warn, of those that it lost, and one of each time
+    that it was cut off. It waits for the service, and reconnects. At most
+    100 messages, or one batch, wait for being acknowledged; a requeued one
+    returns after 1 s, doubling to 30 s.
     """
 
     def __init__(self, conf, url, default_exchange=None,
@@ -4000,10 +4063,12 @@ _EPILOG = """
   unix-notifier /run/nova/notifications.sock | jq .payload
   unix-notifier --text --event-type '^compute[.]' /run/nova/notifications.sock
 
-What happens to the connection, and losses, go to standard error. Exit status:
-0 after --count notifications, or when nobody reads the output any more; 1 if
-it cannot write; 2 for wrong arguments; 128 and the number of the signal that
-ends it, which is 130 after Ctrl-C and 143 after SIGTERM."""
+What happens to the connection, and losses, go to standard error. After a
+reconnection the record notifications.interrupted comes first; it does not
+count for N. Exit status: 0 after --count notifications, or when nobody reads
+the output any more; 1 if it cannot write; 2 for wrong arguments; 128 and the
+number of the signal that ends it, which is 130 after Ctrl-C and 143 after
+SIGTERM."""
 
 # Who did it, which is not what it was done to.
 _OWNERS = ('user', 'tenant', 'project', 'domain')
@@ -4035,7 +4100,7 @@ def _text(message):
                   and isinstance(inner[key], dict)), inner)
     ids = (each for each in _ids(inner, _word(message.get('event_type')))
            if each and isinstance(each, (str, int)))
-    if message.get('event_type') in (_LOST, _REFUSED):
+    if message.get('event_type') in _CONTROL:
         ids = iter([_strict(payload)[:-1].decode()])
     fields = [message.get(key) for key in (
         'timestamp', 'priority', 'event_type', 'publisher_id')]
@@ -4096,7 +4161,7 @@ def _print(stream, arguments):
             # Not the line as it came, which need not be strict, nor harmless.
             _write(b'%s\n' % _text(message).encode() if arguments.text
                    else _strict(message))
-            count += event_type != _REFUSED
+            count += event_type not in (_REFUSED, _INTERRUPTED)
             if count == arguments.count:
                 break
 

@@ -49,12 +49,16 @@ class Endpoint:
         self.seen = collections.Counter()   # by source and number
         self.ids = set()
         self.lost = 0
+        self.interrupted = 0
         self.batches = []
 
     def _count(self, event_type, payload, metadata):
         with self._lock:
             if event_type == 'notifications.lost':
                 self.lost += payload['lost']
+                return RESULT.HANDLED
+            if event_type == 'notifications.interrupted':
+                self.interrupted += 1
                 return RESULT.HANDLED
             self.ids.add(metadata['message_id'])
             key = (payload['source'], payload['number'])
@@ -126,6 +130,7 @@ class Service(publisher.Service):
         return {'received': len(endpoint.seen),
                 'deliveries': endpoint.seen.total(),
                 'lost': endpoint.lost,
+                'interrupted': endpoint.interrupted,
                 'largest': max(endpoint.batches, default=0)}
 
     def ids(self, number=0):

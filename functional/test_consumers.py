@@ -29,6 +29,7 @@ import signal
 import subprocess
 import sys
 import termios
+import time
 
 import base
 import unix_notifier
@@ -81,15 +82,24 @@ class SubscribeTest(ConsumerTestCase):
     def test_it_follows_a_service_that_restarts(self):
         stream = unix_notifier.subscribe(self.path)
         self.addCleanup(stream.close)
-        for _ in range(3):
+        killed = 0
+        for number in range(3):
             service = self.service()
             # take() is what tries again.
             base.wait_until(
                 lambda: stream.take(0) or service.log('connected: pid'),
                 'connected')
             service.ask('emit', count=5)
+            if number:
+                record = next(stream)
+                self.assertEqual('notifications.interrupted',
+                                 record['event_type'])
+                self.assertLessEqual(
+                    record['payload']['seconds'],
+                    round(time.monotonic() - killed, 3))
             self.assertEqual([1, 2, 3, 4, 5], [
                 next(stream)['payload']['number'] for _ in range(5)])
+            killed = time.monotonic()
             service.kill()
             service.wait_exit()
 
@@ -104,7 +114,8 @@ class ListenerTest(ConsumerTestCase):
             service.wait_log('connected: pid %d,' % consumer.pid)
             service.ask('emit', count=100)
             heard = self.wait_heard(consumer, 100 * round_)
-            self.assertEqual(100 * round_, heard['deliveries'])
+            self.assertEqual((100 * round_, round_ - 1),
+                             (heard['deliveries'], heard['interrupted']))
             service.kill()
             service.wait_exit()
         self.assertLess(consumer.ask('unlisten'), 1)
@@ -260,11 +271,14 @@ class CommandLineTest(ConsumerTestCase):
     def test_it_waits_and_comes_back_and_says_so(self):
         process = self.command('--count', '2')
         self.wait_status(process, 'waiting for it: No such file')
-        for _ in range(2):
+        for number in range(2):
             service = self.service()
             service.wait_log('connected: pid %d,' % process.pid)
             service.ask('emit', count=1)
-            self.assertTrue(process.stdout.readline())
+            if number:
+                self.assertIn(b'"notifications.interrupted"',
+                              process.stdout.readline())
+            self.assertIn(b'"number": 1,', process.stdout.readline())
             service.kill()
             service.wait_exit()
         self.assertEqual(0, process.wait(base.PATIENCE))

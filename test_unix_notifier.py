@@ -30,6 +30,7 @@ import functools
 import gc
 import glob
 import grp
+import inspect
 import io
 import itertools
 import json
@@ -58,6 +59,7 @@ import fixtures
 import netaddr
 from oslo_config import cfg
 from oslo_config import fixture as config_fixture
+from oslo_context import context
 import oslo_messaging
 from oslo_messaging.notify import _impl_log
 from oslo_serialization import jsonutils
@@ -862,33 +864,102 @@ class EncodeTest(TestCase):
         self.assertEqual({}, unix_notifier._markers)
 
 
+def full_context(**kwargs):
+    """One with everything set, each to a text that names it."""
+    names = inspect.signature(context.RequestContext).parameters
+    values = {name: 'the ' + name for name in names if name != 'overwrite'}
+    values.update({name: ['the ' + name] for name in ('roles',
+                                                      'service_roles')})
+    return context.RequestContext(**dict(values, overwrite=False, **kwargs))
+
+
+class ContextTest(TestCase):
+
+    # Of the full context; by messagingv2 a reader gets all but user_id,
+    # domain_id and so on, and the names.
+    EXPECTED = dict({key: 'the ' + key for key in (
+        'request_id', 'global_request_id', 'user_id', 'project_id',
+        'domain_id', 'user_domain_id', 'project_domain_id', 'user_name',
+        'project_name', 'domain_name', 'user_domain_name',
+        'project_domain_name', 'is_admin')}, roles=['the roles'],
+        user='the user_id', project='the project_id', domain='the domain_id',
+        user_domain='the user_domain_id',
+        project_domain='the project_domain_id')
+
+    def test_full_context_tells_whose_request_it_is_and_no_secret(self):
+        full = full_context()
+        full.auth_token_info = full.service_catalog = {'token': 'the token'}
+        for each in full, full.redacted_copy():
+            found = unix_notifier._context(each)
+            self.assertEqual(self.EXPECTED, found)
+        self.assertNotIn('token', str(found))
+
+    def test_dict_is_sent_by_its_own_names(self):
+        of_neutron = {
+            'request_id': 'r', 'user_id': 'u', 'tenant_id': 't',
+            'project_id': 't', 'tenant_name': 'T', 'user_name': 'U',
+            'roles': ['member'], 'is_admin': False, 'user': 'u',
+            'tenant': 't', 'global_request_id': None}
+        self.assertEqual(of_neutron, unix_notifier._context(dict(
+            of_neutron, auth_token='a', timestamp='now', read_only=False,
+            service_catalog=[{'type': 'volume'}], session_token='s')))
+        as_dict = full_context().to_dict()
+        self.assertIn('auth_token', as_dict)
+        self.assertEqual(
+            {key: value for key, value in self.EXPECTED.items()
+             if key in as_dict}, unix_notifier._context(as_dict))
+
+    def test_what_could_hold_a_secret_is_none_of_it(self):
+        token = {'id': 'secret'}
+        self.assertEqual({'project_id': 'p'}, unix_notifier._context({
+            'user': token, 'roles': [token], 'user_id': {token['id']},
+            'project': b'secret', 'domain': Shown('secret'),
+            'project_id': 'p', 'user_name': ['a', ['secret']]}))
+
+    def test_what_is_no_context_is_an_empty_one(self):
+        class Bad(context.RequestContext):
+            def to_dict(self):
+                raise ZeroDivisionError
+
+        for each in (None, {}, 'text', object(), Bad(), ItemsRaise(), 1):
+            self.assertEqual({}, unix_notifier._context(each))
+
+    def test_line_has_it_after_all_else(self):
+        for found, mask in (({}, False), ({'user': 'u'}, True)):
+            data = unix_notifier._encode(
+                dict(message({}), _context_auth_token='x'), mask, found)
+            self.assertEqual(dict(message({}), context=found), parse(data))
+            self.assertEqual(KEYS + ['context'], list(parse(data)))
+
+
 # -- options ----------------------------------------------------------------
 
 class OptionsTest(TestCase):
 
     def test_path_alone_is_needed(self):
-        self.assertEqual((self.path, 0o660, None, 64, 8 << 20, False),
+        self.assertEqual((self.path, 0o660, None, 64, 8 << 20, False, False),
                          tuple(self.make_settings()))
 
     def test_all_are_read(self):
         self.assertEqual(
-            (self.path, 0o600, 'users', 2, 65536, True),
+            (self.path, 0o600, 'users', 2, 65536, True, True),
             tuple(self.make_settings(
                 sock_mode='0600', sock_group='users', sock_buffer_size=65536,
-                sock_max_subscribers=2, sock_mask_secrets=True)))
+                sock_max_subscribers=2, sock_mask_secrets=True,
+                sock_send_context=True)))
 
     def test_list_is_a_documented_copy(self):
         (group, opts), = unix_notifier.list_opts()
         self.assertEqual((GROUP, [
             'sock_path', 'sock_mode', 'sock_group', 'sock_max_subscribers',
-            'sock_buffer_size', 'sock_mask_secrets']),
+            'sock_buffer_size', 'sock_mask_secrets', 'sock_send_context']),
             (group, [each.name for each in opts]))
         for each in opts:
             self.assertRegex(each.help, r'^[A-Z].*\.$')
             self.assertFalse(each.required)
         opts.pop().help = 'changed'
         opts = unix_notifier.list_opts()[0][1]
-        self.assertEqual(6, len(opts))
+        self.assertEqual(7, len(opts))
         self.assertNotEqual('changed', opts[-1].help)
 
     def test_registered_already_is_used_as_it_is(self):
@@ -940,7 +1011,8 @@ class OptionsTest(TestCase):
                 ('sock_max_subscribers', '0', ('0', '1')),
                 ('sock_max_subscribers', 'many', ('many',)),
                 ('sock_buffer_size', '65535', ('65535', '65536')),
-                ('sock_mask_secrets', 'perhaps', ('perhaps',))):
+                ('sock_mask_secrets', 'perhaps', ('perhaps',)),
+                ('sock_send_context', 'perhaps', ('perhaps',))):
             error = self.assertRaises(
                 ValueError, unix_notifier.UnixDriver,
                 self.make_conf(**{option: value}))
@@ -1774,6 +1846,8 @@ class StartTest(HubCase):
     def test_while_nobody_listens_nothing_is_even_serialized(self):
         hub = self.make_hub()
         self.patch('_encode', none_left)
+        self.patch('_context', none_left)
+        hub.emit(numbered(0), full_context())
         self.emit(hub, range(3))
         self.assertQueued(hub, 0)
         self.assertEqual(0, hub.starts)
@@ -1953,9 +2027,9 @@ class QueueTest(HubCase):
         self.emit(hub, range(65, 140))
         self.pump(hub, client, 140)
 
-        def another_thread_drops(notification, mask):
+        def another_thread_drops(notification, *args):
             hub.drop()
-            return encode(notification, mask)
+            return encode(notification, *args)
 
         with fixtures.MockPatchObject(unix_notifier, '_encode',
                                       another_thread_drops):
@@ -3459,10 +3533,10 @@ class DriverTest(TestCase):
         client = self.connect()
         encode = unix_notifier._encode
 
-        def no_memory(message, mask=False):
+        def no_memory(message, *args):
             if message['payload'] == 'huge':
                 raise MemoryError
-            return encode(message, mask)
+            return encode(message, *args)
 
         self.patch('_encode', no_memory)
         self.notify(driver)
@@ -3514,7 +3588,8 @@ class DriverTest(TestCase):
         self.notify(driver, {'password': 'hunter2'})
         self.assertEqual({'password': '***'}, client.wait(1)[0]['payload'])
 
-    def test_every_priority_of_a_real_notifier_arrives(self):
+    def make_notifier(self, serializer=None, topics=None, **options):
+        """A real one, whose driver needs not be installed."""
         def load(namespace, names, invoke_args, invoke_kwds, **kwargs):
             return extension.ExtensionManager.make_test_instance([
                 extension.Extension(name, None, unix_notifier.UnixDriver,
@@ -3525,11 +3600,15 @@ class DriverTest(TestCase):
         self.useFixture(fixtures.MonkeyPatch(
             'oslo_messaging.notify.notifier.named.NamedExtensionManager',
             load))
-        conf = self.make_conf(driver='unix')
+        conf = self.make_conf(driver='unix', **options)
         notifier = oslo_messaging.Notifier(
             oslo_messaging.get_notification_transport(conf, 'fake:'),
-            publisher_id='service.host')
+            publisher_id='service.host', serializer=serializer, topics=topics)
         self.await_service()
+        return notifier
+
+    def test_every_priority_of_a_real_notifier_arrives(self):
+        notifier = self.make_notifier()
         client = self.connect()
         priorities = ['audit', 'debug', 'info', 'warn', 'error', 'critical',
                       'sample']
@@ -3545,6 +3624,44 @@ class DriverTest(TestCase):
             self.assertEqual(('service.host', 'it.happened'),
                              (each['publisher_id'], each['event_type']))
         self.assertLogged('token', 0)
+
+    def test_context_is_sent_where_configured(self):
+        """As it comes out of a real notifier, and of a service's serializer.
+
+        keystonemiddleware authenticates by what it puts into the environment,
+        and audits with the dict of an administrator's context.
+        """
+        class Serializer(oslo_messaging.NoOpSerializer):
+            def serialize_context(self, ctxt):
+                return ctxt if type(ctxt) is dict else dict(
+                    ctxt.to_dict(), service_catalog=[{'type': 'the token'}])
+
+        authenticated = context.RequestContext.from_environ({
+            'HTTP_X_AUTH_TOKEN': 'the token', 'HTTP_X_SERVICE_TOKEN': 'token',
+            'HTTP_X_IDENTITY_STATUS': 'Confirmed', 'HTTP_X_USER_ID': 'u',
+            'HTTP_X_USER_NAME': 'U', 'HTTP_X_PROJECT_ID': 'p',
+            'HTTP_X_PROJECT_NAME': 'P', 'HTTP_X_ROLES': 'member,reader',
+            'HTTP_X_SERVICE_CATALOG': '[{"token": 1}]',
+            'keystone.token_info': {'token': {}}}, overwrite=False)
+        audited = context.get_admin_context().to_dict()
+        for serializer in None, Serializer():
+            notifier = self.make_notifier(serializer, sock_send_context=True)
+            client = self.connect()
+            for each in full_context(), authenticated, audited, {}, None:
+                notifier.info(each, 'it.happened', {})
+            messages = client.wait(5)
+            full, authentic, *empty = [each['context'] for each in messages]
+            expected = ContextTest.EXPECTED if serializer is None else {
+                key: ContextTest.EXPECTED[key] for key in full}
+            self.assertEqual(expected, full)
+            self.assertEqual(
+                ('u', 'p', ['member', 'reader'], authenticated.request_id),
+                tuple(authentic[key] for key in (
+                    'user', 'project_id', 'roles', 'request_id')))
+            self.assertEqual([{}] * 3, empty)
+            self.assertEqual(KEYS + ['context'], list(messages[0]))
+            self.assertNotIn('token', str(messages))
+            self.assertIn('request_id', full)
 
     def test_child_of_any_fork_serves_at_once(self):
         with fixtures.MonkeyPatch('threading.Thread.start', none_left):
@@ -5280,15 +5397,32 @@ class ListenerTest(ConsumerTestCase):
         self.assertEqual('x', incoming.msg_id)
         self.assertEqual({}, incoming.ctxt)
 
+    RULE = oslo_messaging.NotificationFilter(context={'tenant': '^x$'})
+
+    def matches(self, listener):
+        incoming, = listener.poll()
+        return self.RULE.match(incoming.ctxt, 'x', 'x', {}, {})
+
     def test_filter_on_the_context_is_warned_of_once(self):
         listener = self.listener()
         self.send(1, 2)
-        rule = oslo_messaging.NotificationFilter(context={'tenant': '^x$'})
         for _ in range(2):
-            incoming, = listener.poll()
-            self.assertFalse(rule.match(incoming.ctxt, 'x', 'x', {}, {}))
+            self.assertFalse(self.matches(listener))
         self.assertEqual(1, self.logged('the request context'))
         self.assertEqual(1, self.logged('tenant'))
+
+    def test_filter_on_the_context_matches_where_it_is_sent(self):
+        listener = self.listener()
+        self.service.sendall(b''.join(
+            unix_notifier._encode(numbered(0), ctxt=each) for each in (
+                {'tenant': 'x'}, {'tenant': 'y'}, {'user': 'x'}, {})))
+        self.service.sendall(unix_notifier._lost_record(1, 'why'))
+        self.assertEqual([True] + [False] * 4,
+                         [self.matches(listener) for _ in range(5)])
+        self.assertEqual(0, self.logged('the request context'))
+        self.service.sendall(line(0)[:-2] + b', "context": "tenant"}\n')
+        self.assertFalse(self.matches(listener))
+        self.assertEqual(1, self.logged('the request context'))
 
 
 class TransportTest(ConsumerTestCase):

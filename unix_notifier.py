@@ -371,9 +371,22 @@ def _make_encoder():
 
 _dumps = _make_encoder()
 
-# What the Notifier puts into a message, and no more goes out.
+# What the Notifier puts into a message, and no more of it goes out.
 _KEYS = ('message_id', 'publisher_id', 'event_type', 'priority', 'payload',
          'timestamp')
+
+# What goes out of a request context, where it is asked for: whose request it
+# is, and which. A list of what may, for services add to theirs what they like:
+# a service catalogue, the token by another name. By the names that readers
+# know from messagingv2; in oslo.context's dict user, project and domain are
+# ids, and the names, and user_id, are in its attributes alone.
+_CONTEXT_KEYS = (
+    'request_id', 'global_request_id', 'user_id', 'project_id', 'domain_id',
+    'user_domain_id', 'project_domain_id', 'user_name', 'project_name',
+    'domain_name', 'user_domain_name', 'project_domain_name', 'is_admin',
+    'roles')
+_CONTEXT_OTHERS = ('user', 'tenant', 'project', 'domain', 'user_domain',
+                   'project_domain', 'tenant_id', 'tenant_name')
 
 # What may be half of a surrogate pair, or only look like it; and, to tell, any
 # escape: one with a group is to stay.
@@ -382,15 +395,46 @@ _LONE = re.compile(rb'\\(?:ud(?:[89ab]..(?!\\ud[c-f])'
 _ESCAPE = re.compile(rb'\\(?:(ud[89ab]..\\ud[c-f]..|[^u])|ud[89a-f]..)')
 
 
-def _encode(message, mask=False):
+def _is_harmless(value):
+    """Whether it is what ids, names and roles are; not what holds others."""
+    if isinstance(value, (list, tuple)):
+        return all(isinstance(each, str) for each in value)
+    return value is None or isinstance(value, (str, int))
+
+
+def _context(ctxt):
+    """What is sent of a request context: a dict, empty if it has nothing.
+
+    A Notifier hands on what its serializer made of the context, by default
+    the object itself, without its tokens; and {} for a plain dict, or what
+    else it cannot rid of them.
+    """
+    try:
+        values = ctxt
+        if not isinstance(ctxt, dict):
+            values = dict(ctxt.to_dict())
+            for key in _CONTEXT_KEYS:
+                if key not in values:
+                    values[key] = getattr(ctxt, key, None)
+        return {key: value for key in _CONTEXT_KEYS + _CONTEXT_OTHERS
+                if key in values and _is_harmless(value := values[key])}
+    except Exception:   # None, or of a service's own class
+        return {}
+
+
+def _encode(message, mask=False, ctxt=None):
     """Serialize a notification to one line of ASCII, LF included.
 
     It is valid JSON (RFC 8259) whatever the payload. All drivers share the
     message, and messagingv2, if it comes first, adds the request context,
     tokens included: see _KEYS.
+
+    :param ctxt: the request context to send of; None for no key
     """
     if len(message) > len(_KEYS):
         message = {key: message[key] for key in _KEYS if key in message}
+    if ctxt is not None:
+        message = dict(message, context=_context(ctxt))
     try:
         return _line(message, mask)
     except Exception:
@@ -461,6 +505,12 @@ _OPTS = [
                      'driver does. This takes about ten times as long as the '
                      'rest, and also rewrites harmless keys such as '
                      'token_count.'),
+    cfg.BoolOpt('sock_send_context',
+                default=False,
+                help='Send of the request context, as the key context, what '
+                     'identifies the request, its user, project and domain, '
+                     'and their roles. Tokens and the service catalogue are '
+                     'never sent.'),
 ]
 
 
@@ -489,7 +539,7 @@ def list_opts():
 
 _Settings = collections.namedtuple('_Settings', (
     'path', 'mode', 'group', 'max_subscribers', 'buffer_size',
-    'mask_secrets'))
+    'mask_secrets', 'send_context'))
 
 
 def _parse_path(text, limit=_PATH_MAX):
@@ -544,7 +594,8 @@ def _read_settings(conf):
                      read('sock_group') or None,
                      read('sock_max_subscribers', _at_least(1)),
                      read('sock_buffer_size', _at_least(64 * 1024)),
-                     read('sock_mask_secrets'))
+                     read('sock_mask_secrets'),
+                     read('sock_send_context'))
 
 
 # -- the lock and the socket file -------------------------------------------
@@ -1215,7 +1266,7 @@ class _Inbox:
         self._drops_read = 0    # what next(drops) gives if none was since
         self.lost = 0           # drops that a record is due for
 
-    def emit(self, message):
+    def emit(self, message, ctxt=None):
         """Queue a notification for whoever is connected; else drop it."""
         look = self.look
         if not (look() or self._anyone(look)):
@@ -1224,7 +1275,7 @@ class _Inbox:
         if self.gap is not self._gap_seen or queued >= self.room:
             self.drop()
             return
-        line = _encode(message, self._mask_secrets)
+        line = _encode(message, self._mask_secrets, ctxt)
         if self.gap is not self._gap_seen or len(line) > _LINE_MAX:
             self.drop()
             return
@@ -2771,7 +2822,8 @@ class UnixDriver(notifier.Driver):
         Never blocks, raises or logs: an exception would make the Notifier
         log the payload, and a log handler may be what calls us.
 
-        :param ctxt: not sent
+        :param ctxt: the request context, sent if sock_send_context says so,
+                     and then in part: see _CONTEXT_KEYS
         :param message: the notification; serialized before this returns
         :type message: dict
         :param priority: not used; the message has it
@@ -2783,7 +2835,8 @@ class UnixDriver(notifier.Driver):
                 hub = None
                 hub = self._late_hub()
             if hub is not None:
-                hub.inbox.emit(message)
+                hub.inbox.emit(
+                    message, ctxt if hub.settings.send_context else None)
         except Exception:   # out of memory, say: lost, and accounted for
             if hub is None:
                 return
@@ -3735,7 +3788,8 @@ def subscribe(path, *, reconnect=True, max_line=_READ_MAX):
     :type max_line: int
     :returns: an iterator, and context manager, of dicts: ``message_id``,
               ``publisher_id``, ``event_type``, ``priority``, ``timestamp``
-              (all str) and ``payload`` (whatever was emitted)
+              (all str) and ``payload`` (whatever was emitted); ``context``
+              (dict), if the service has set ``sock_send_context``
     :raises: ValueError, naming the path and what is wrong with it; OSError,
              without ``reconnect``, if the service is not there
     """
@@ -3750,19 +3804,29 @@ def _warn_once(text):
 
 
 class _NoContext(dict):
-    """The request context, which is not sent; says so if a filter asks."""
+    """The request context that was not sent; says so if a filter asks."""
 
     def __contains__(self, key):
-        _warn_once('does not carry the request context: a filter on it (%s) '
-                   'never matches' % key)
+        _warn_once('got a notification without the request context: a filter '
+                   'on that (%s) only matches where the service has set '
+                   'sock_send_context' % key)
         return False
+
+
+def _context_of(message):
+    """The request context of a message that was read, for endpoints."""
+    if message.get('event_type') in _CONTROL:
+        return {}       # which are of no request, whatever is sent else
+    context = message.get('context')
+    return context if isinstance(context, dict) else _NoContext()
 
 
 class _Incoming(_base.IncomingMessage):
     """A message that was handed out, until it is settled by any thread."""
 
     def __init__(self, listener, message, size=0):
-        super().__init__(_NoContext(), message, message.get('message_id'))
+        super().__init__(_context_of(message), message,
+                         message.get('message_id'))
         self._listener = listener
         self.size = max(size, 1024)
         self.since = time.monotonic()

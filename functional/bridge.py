@@ -36,7 +36,8 @@ def bridge(path, url, topics=('notifications',)):
     driver = messaging.MessagingV2Driver(
         conf, topics=topics, transport=transport)
     for message in unix_notifier.subscribe(path):
-        driver.notify({}, message, message['priority'].lower(), retry=-1)
+        driver.notify(message.pop('context', {}), message,
+                      message['priority'].lower(), retry=-1)
 
 
 if __name__ == '__main__':

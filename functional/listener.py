@@ -35,19 +35,23 @@ class Endpoint:
 
     """Keeps count of what it was given, in any of the executor's threads."""
 
-    def __init__(self, delay=0, requeue=0, last=sys.maxsize):
+    def __init__(self, delay=0, requeue=0, last=sys.maxsize, rule=None):
         """Be an endpoint.
 
         :param delay: seconds that each message takes
         :param requeue: how often each message is requeued
         :param last: the number of the last that is
+        :param rule: arguments of a filter
         """
+        if rule is not None:
+            self.filter_rule = oslo_messaging.NotificationFilter(**rule)
         self._delay = delay
         self._requeue = requeue
         self._last = last
         self._lock = threading.Lock()
         self.seen = collections.Counter()   # by source and number
         self.ids = set()
+        self.ctxts = []
         self.lost = 0
         self.interrupted = 0
         self.batches = []
@@ -69,6 +73,8 @@ class Endpoint:
         return RESULT.REQUEUE if requeue else RESULT.HANDLED
 
     def info(self, ctxt, publisher_id, event_type, payload, metadata):
+        if ctxt:
+            self.ctxts.append(ctxt)
         return self._count(event_type, payload, metadata)
 
     audit = debug = warn = error = critical = sample = info
@@ -136,6 +142,10 @@ class Service(publisher.Service):
     def ids(self, number=0):
         """The message_ids of what a listener was given."""
         return sorted(self.endpoints[number].ids)
+
+    def contexts(self, number=0):
+        """The request contexts of what a listener was given, if any."""
+        return self.endpoints[number].ctxts
 
     def unlisten(self, number=0):
         """Stop a listener, and wait for what it had handed out.

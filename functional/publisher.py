@@ -42,6 +42,7 @@ import threading
 import time
 
 from oslo_config import cfg
+from oslo_context import context
 import oslo_messaging
 from stevedore import extension
 
@@ -63,6 +64,7 @@ class Service:
         self.conf = cfg.ConfigOpts()
         self.conf(['--config-file', config_file], project='publisher')
         self.notifier = None
+        self.ctxt = {}              # of what is emitted
         self.end = None             # how to end, once told to
         self.in_child = False
         self.numbers = collections.Counter()    # emitted so far, by source
@@ -99,11 +101,13 @@ class Service:
         # Handlers run in reverse order: this comes before the driver's.
         atexit.register(_exit_begins)
 
-    def emit(self, count, threads=1, size=0, pause=0):
+    def emit(self, count, threads=1, size=0, pause=0, ctxt=None):
         """Emit ``count`` notifications in each thread.
 
+        :param ctxt: arguments of the request context, if there is to be one
         :returns: seconds that all calls and that the slowest one took
         """
+        self.ctxt = {} if ctxt is None else context.RequestContext(**ctxt)
         begin = time.perf_counter()
         if threads == 1:
             slowest = self._emit(0, range(count), size, pause)
@@ -123,7 +127,7 @@ class Service:
                              PRIORITIES[number % len(PRIORITIES)])
             payload = {'source': source, 'number': number, 'pad': pad}
             begin = time.perf_counter()
-            method({}, 'test.event', payload)
+            method(self.ctxt, 'test.event', payload)
             slowest = max(slowest, time.perf_counter() - begin)
             self.numbers[source] = number
             if pause:

@@ -156,6 +156,30 @@ class ListenerTest(ConsumerTestCase):
         self.assertEqual(8, consumer.ask('heard', number=0)['largest'])
         self.assertLessEqual(consumer.ask('heard', number=1)['largest'], 15)
 
+    def test_context_comes_with_what_a_follower_emits(self):
+        self.service(send_context=True)
+        follower = self.publisher(send_context=True)
+        follower.wait_log('relayed to')
+        consumer = self.consumer()
+        consumer.ask('listen', url=self.url,
+                     rule={'context': {'project_id': '^mine$'}})
+        client = self.subscribe()
+        client.KEYS = {*client.KEYS, 'context'}
+        for project in 'mine', 'other':
+            follower.ask('emit', count=10, ctxt={
+                'project_id': project, 'auth_token': 'secret'})
+        follower.ask('emit', count=10)
+        client.wait(30)
+        self.wait_heard(consumer, 10)
+        self.assertEqual({'mine'}, {each['project_id'] for each in
+                                    consumer.ask('contexts')})
+        self.assertEqual([], consumer.log('without the request context'))
+        found = [each['context'] for each in client.messages]
+        self.assertEqual(
+            ['mine', 'other', None],
+            [each.get('project_id') for each in found[::10]])
+        self.assertNotIn('secret', str(found))
+
     def test_requeued_messages_return(self):
         service = self.service()
         consumer = self.consumer()

@@ -83,13 +83,17 @@ class CeilometerTest(base.FunctionalTestCase):
         with open(self.log, errors='replace') as log:
             return log.read()
 
-    def events(self):
-        """The ids of the events in ceilometer's output."""
+    def outputs(self):
+        """The events in ceilometer's output."""
         try:
             with open(os.path.join(self.directory, 'events')) as lines:
-                return [json.loads(line)['message_id'] for line in lines]
+                return [json.loads(line) for line in lines]
         except FileNotFoundError:
             return []
+
+    def events(self):
+        """Their ids."""
+        return [each['message_id'] for each in self.outputs()]
 
     def feed(self, publisher):
         """Have all real notifications published; the ids that they got."""
@@ -97,6 +101,19 @@ class CeilometerTest(base.FunctionalTestCase):
         publisher.ask('emit_real')
         subscriber.wait(100)
         return [each['message_id'] for each in subscriber.messages]
+
+    def test_events_have_what_the_context_tells(self):
+        ctxt = {'request_id': 'req-1', 'user_id': 'u', 'project_id': 'p',
+                'auth_token': 'secret'}
+        publisher = self.publisher(send_context=True)
+        publisher.wait_log('connected: pid', timeout=60)
+        publisher.ask('emit', count=14, ctxt=ctxt)      # two of each priority
+        base.wait_until(self.outputs, 'an event', 60)
+        traits = {each['name']: each['value']
+                  for each in self.outputs()[0]['traits']}
+        del ctxt['auth_token']
+        self.assertEqual(ctxt, {name: traits.get(name) for name in ctxt})
+        self.assertNotIn('secret', str(self.outputs()))
 
     def test_events_are_those_that_were_published(self):
         fed = []

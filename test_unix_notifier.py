@@ -932,6 +932,19 @@ class ContextTest(TestCase):
             self.assertEqual(KEYS + ['context'], list(parse(data)))
 
 
+class TopicsTest(TestCase):
+
+    def test_line_has_them_after_all_else(self):
+        shared = dict(message({}), topics='x', _unique_id=1)
+        for ctxt, topics in itertools.product(
+                (None, {}), (['a', 'notifications'], [])):
+            found = parse(unix_notifier._encode(shared, False, ctxt, topics))
+            self.assertEqual(topics, found['topics'])
+            self.assertEqual(
+                KEYS + ([] if ctxt is None else ['context']) + ['topics'],
+                list(found))
+
+
 # -- options ----------------------------------------------------------------
 
 class OptionsTest(TestCase):
@@ -3625,6 +3638,23 @@ class DriverTest(TestCase):
                              (each['publisher_id'], each['event_type']))
         self.assertLogged('token', 0)
 
+    def test_topics_are_sent_where_they_are_not_the_default(self):
+        """Of several notifiers, which share a hub; nova has such two."""
+        topics = (None, ['notifications'], ('notifications',), ['versioned'],
+                  ['notifications', 'vitrage'], [])
+        notifiers = [self.make_notifier(topics=each) for each in topics]
+        client = self.connect()
+        for _ in range(2):
+            for each in notifiers:
+                each.info({}, 'it.happened', {})
+        found = client.wait(12)
+        self.assertEqual(2 * [
+            None, None, None, ['versioned'], ['notifications', 'vitrage'], []],
+            [each.get('topics') for each in found])
+        self.assertEqual([KEYS, KEYS, KEYS, KEYS + ['topics']],
+                         list(map(list, found[:4])))
+        self.assertEqual(1, len(self.hubs()))
+
     def test_context_is_sent_where_configured(self):
         """As it comes out of a real notifier, and of a service's serializer.
 
@@ -5397,6 +5427,35 @@ class ListenerTest(ConsumerTestCase):
         self.assertEqual('x', incoming.msg_id)
         self.assertEqual({}, incoming.ctxt)
 
+    def test_what_is_of_its_topics_is_given_once(self):
+        server = self.serve()
+        sent = (None, ['a'], ['b'], ['a', 'b'], [], ['notifications'], ['*'],
+                'a', [['a'], {}, None], [None, 'b'])
+        for asked, expected in (
+                ({'notifications'}, [0, 5, 7]), ({'a'}, [1, 3]),
+                ({'a', 'b', 'c'}, [1, 2, 3, 9]), ({'c'}, []), (set(), []),
+                (None, [*range(10)])):
+            listener = unix_notifier._Listener(self.path, 20, asked)
+            self.addCleanup(listener.cleanup)
+            service = self.connection(server)
+            service.sendall(b''.join(unix_notifier._encode(
+                numbered(number), topics=topics)
+                for number, topics in enumerate(sent)))
+            service.sendall(unix_notifier._lost_record(1, 'why'))
+            *batch, record = listener.poll(batch_size=len(expected) + 1)
+            self.assertEqual(expected, self.numbers(batch))
+            # Who knows of which topic they were.
+            self.assertEqual({'lost': 1, 'reason': 'why'},
+                             record.message['payload'])
+
+    def test_what_is_of_others_topics_takes_nothing(self):
+        listener = self.listener()
+        listener._topics = {'a'}
+        self.send(*range(150))      # more than may be unsettled
+        self.service.sendall(unix_notifier._encode(numbered(1), topics=['a']))
+        self.assertEqual([1], self.numbers(listener.poll(timeout=WAIT)))
+        self.assertEqual(1, len(listener._unsettled))
+
     RULE = oslo_messaging.NotificationFilter(context={'tenant': '^x$'})
 
     def matches(self, listener):
@@ -5479,32 +5538,48 @@ class TransportTest(ConsumerTestCase):
             driver.listen_for_notifications([], 'pool', 1, None).cleanup()
         self.assertEqual(1, self.logged('of a pool'))
 
+    def test_targets_name_the_topics(self):
+        driver = self.driver('unix://' + self.path)
+        for names, topics in (('ab', {'a', 'b'}), ('a*', None), ('', set())):
+            listener = driver.listen_for_notifications(
+                [(oslo_messaging.Target(topic=name, exchange='any'), priority)
+                 for name in names for priority in ('info', 'warn')],
+                None, 1, None)
+            self.addCleanup(listener.cleanup)
+            self.assertEqual(topics, listener._poll_style_listener._topics)
+
     def test_real_servers(self):
-        """Of both kinds, in one process, each gets everything."""
+        """Of both kinds, in one process, each gets all of its topics."""
         driver = self.driver('unix://' + self.path)
         transport = oslo_messaging.transport.NotificationTransport(driver)
         listener = self.serve()
-        got = {'plain': [], 'batch': []}
+        got = {'plain': [], 'batch': [], 'other': []}
         rule = oslo_messaging.NotificationFilter(event_type='^x$')
         plain = types.SimpleNamespace(
             info=lambda *args: got['plain'].append(args[3]['n']),
             filter_rule=rule)
+        other = types.SimpleNamespace(
+            info=lambda *args: got['other'].append(args[3]['n']))
         batch = types.SimpleNamespace(info=lambda messages: got[
             'batch'].extend(each['payload']['n'] for each in messages))
-        targets = [oslo_messaging.Target(topic=each) for each in 'abc']
+        all_, mine, twice = ([oslo_messaging.Target(topic=each) for each in
+                              topics] for topics in ('*a', 'b', 'ab'))
         servers = [
             oslo_messaging.get_notification_listener(
-                transport, targets, [plain], 'threading',
+                transport, all_, [plain], 'threading',
                 allow_requeue=True),
             oslo_messaging.get_batch_notification_listener(
-                transport, targets, [batch], 'threading',
-                allow_requeue=True)]
+                transport, twice, [batch], 'threading',
+                allow_requeue=True),
+            oslo_messaging.get_notification_listener(
+                transport, mine, [other], 'threading')]
         for server in servers:
             server.start()
             service = self.connection(listener)
             service.sendall(b''.join(unix_notifier._encode(dict(
-                numbered(number), priority='INFO')) for number in range(20)))
-        wait_until(lambda: len(got['plain']) == len(got['batch']) == 20)
+                numbered(number), priority='INFO'), topics=['a', 'b'][
+                    :1 + (number >= 5)]) for number in range(20)))
+        wait_until(lambda: list(map(len, got.values())) == [20, 20, 15])
         for server in servers:
             begin = time.monotonic()
             server.stop()
@@ -5512,6 +5587,7 @@ class TransportTest(ConsumerTestCase):
             server.wait()
         self.assertEqual(list(range(20)), sorted(got['plain']))
         self.assertEqual(list(range(20)), sorted(got['batch']))
+        self.assertEqual(list(range(5, 20)), sorted(got['other']))
 
 
 class CommandLineTest(base.BaseTestCase):

@@ -375,6 +375,10 @@ _dumps = _make_encoder()
 _KEYS = ('message_id', 'publisher_id', 'event_type', 'priority', 'payload',
          'timestamp')
 
+# A Notifier's topics, unless it is given others. A line without the key is of
+# these.
+_TOPICS = ['notifications']
+
 # What goes out of a request context, where it is asked for: whose request it
 # is, and which. A list of what may, for services add to theirs what they like:
 # a service catalogue, the token by another name. By the names that readers
@@ -422,7 +426,7 @@ def _context(ctxt):
         return {}
 
 
-def _encode(message, mask=False, ctxt=None):
+def _encode(message, mask=False, ctxt=None, topics=None):
     """Serialize a notification to one line of ASCII, LF included.
 
     It is valid JSON (RFC 8259) whatever the payload. All drivers share the
@@ -430,11 +434,14 @@ def _encode(message, mask=False, ctxt=None):
     tokens included: see _KEYS.
 
     :param ctxt: the request context to send of; None for no key
+    :param topics: what to send as that, a list; None for no key
     """
     if len(message) > len(_KEYS):
         message = {key: message[key] for key in _KEYS if key in message}
     if ctxt is not None:
         message = dict(message, context=_context(ctxt))
+    if topics is not None:
+        message = dict(message, topics=topics)
     try:
         return _line(message, mask)
     except Exception:
@@ -1266,7 +1273,7 @@ class _Inbox:
         self._drops_read = 0    # what next(drops) gives if none was since
         self.lost = 0           # drops that a record is due for
 
-    def emit(self, message, ctxt=None):
+    def emit(self, message, ctxt=None, topics=None):
         """Queue a notification for whoever is connected; else drop it."""
         look = self.look
         if not (look() or self._anyone(look)):
@@ -1275,7 +1282,7 @@ class _Inbox:
         if self.gap is not self._gap_seen or queued >= self.room:
             self.drop()
             return
-        line = _encode(message, self._mask_secrets, ctxt)
+        line = _encode(message, self._mask_secrets, ctxt, topics)
         if self.gap is not self._gap_seen or len(line) > _LINE_MAX:
             self.drop()
             return
@@ -2782,11 +2789,18 @@ class UnixDriver(notifier.Driver):
 
         :param conf: configuration options
         :type conf: oslo_config.cfg.ConfigOpts
-        :param topics: not used: every subscriber gets everything
+        :param topics: of the Notifier; sent where they are not the default,
+                       for listeners to choose by: every subscriber gets all
+        :type topics: list of str
         :param transport: not used
         :raises: ValueError, naming the option, the value and the limit
         """
         super().__init__(conf, topics, transport)
+        # With each notification, for several Notifiers share the hub: nova
+        # has two, of different topics.
+        self._topics = None if topics is None else list(topics)
+        if self._topics == _TOPICS:
+            self._topics = None
         self._settings = self._hub = None
         if conf is not None:
             settings = self._configure(conf)
@@ -2836,7 +2850,8 @@ class UnixDriver(notifier.Driver):
                 hub = self._late_hub()
             if hub is not None:
                 hub.inbox.emit(
-                    message, ctxt if hub.settings.send_context else None)
+                    message, ctxt if hub.settings.send_context else None,
+                    self._topics)
         except Exception:   # out of memory, say: lost, and accounted for
             if hub is None:
                 return
@@ -3789,7 +3804,8 @@ def subscribe(path, *, reconnect=True, max_line=_READ_MAX):
     :returns: an iterator, and context manager, of dicts: ``message_id``,
               ``publisher_id``, ``event_type``, ``priority``, ``timestamp``
               (all str) and ``payload`` (whatever was emitted); ``context``
-              (dict), if the service has set ``sock_send_context``
+              (dict), if the service has set ``sock_send_context``;
+              ``topics`` (list of str), if they are not the default
     :raises: ValueError, naming the path and what is wrong with it; OSError,
              without ``reconnect``, if the service is not there
     """
@@ -3854,8 +3870,9 @@ class _Listener(_base.PollStyleListener):
     One thread calls poll(); settle(), put_off() and stop() are for any.
     """
 
-    def __init__(self, path, batch_size):
+    def __init__(self, path, batch_size, topics=None):
         super().__init__()
+        self._topics = topics   # a set, of what it is given; None: of all
         self._limit = max(_UNSETTLED_MAX, batch_size or 0)
         self._subscription = _Subscription(path)
         self._lock = threading.Lock()   # guards what follows
@@ -4043,8 +4060,11 @@ class _Listener(_base.PollStyleListener):
             'to be tried again', worst, *numbers)
 
     def _is_wanted(self, message):
-        if message.get('event_type') == _REFUSED:
+        event_type = message.get('event_type')
+        if event_type == _REFUSED:
             return False        # it was logged
+        if event_type not in _CONTROL and not self._is_asked_for(message):
+            return False
         if isinstance(message.get('priority'), str):
             return True
         # The dispatcher would fail on it, and have it requeued, for ever.
@@ -4052,6 +4072,14 @@ class _Listener(_base.PollStyleListener):
             logging.WARNING, 'dropped, for it has no priority: %r',
             self._subscription.line[:80])
         return False
+
+    def _is_asked_for(self, message):
+        """Whether a broker would have it in a queue of ours."""
+        topics = message.get('topics')
+        if not isinstance(topics, list):
+            topics = _TOPICS
+        return self._topics is None or any(
+            isinstance(each, str) and each in self._topics for each in topics)
 
 
 def _deadline(seconds):
@@ -4067,11 +4095,11 @@ class UnixTransportDriver(_base.BaseDriver):
         [oslo_messaging_notifications]
         transport_url = unix:///run/nova/notifications.sock
 
-    Every listener gets every notification, whatever its targets, and a
-    record, with priority warn, of those that it lost, and one of each time
-    that it was cut off. It waits for the service, and reconnects. At most
-    100 messages, or one batch, wait for being acknowledged; a requeued one
-    returns after 1 s, doubling to 30 s.
+    Every listener gets every notification of the topics of its targets, or
+    of all by ``*``, once, and a record, with priority warn, of those that it
+    lost, and one of each time that it was cut off. It waits for the service,
+    and reconnects. At most 100 messages, or one batch, wait for being
+    acknowledged; a requeued one returns after 1 s, doubling to 30 s.
     """
 
     def __init__(self, conf, url, default_exchange=None,
@@ -4114,8 +4142,11 @@ class UnixTransportDriver(_base.BaseDriver):
         if pool:
             _warn_once('sends everything to every listener; only one process '
                        'of a pool gets it as pools mean it')
+        topics = {target.topic for target, _ in targets_and_priorities}
         return _base.PollStyleListenerAdapter(
-            _Listener(self._path, batch_size), batch_size, batch_timeout)
+            _Listener(self._path, batch_size,
+                      None if '*' in topics else topics),
+            batch_size, batch_timeout)
 
     def cleanup(self):
         """Nothing is held; listeners are cleaned up by their servers."""

@@ -36,6 +36,7 @@ def bridge(path, url, topics=('notifications',)):
     driver = messaging.MessagingV2Driver(
         conf, topics=topics, transport=transport)
     for message in unix_notifier.subscribe(path):
+        driver.topics = message.pop('topics', topics)
         driver.notify(message.pop('context', {}), message,
                       message['priority'].lower(), retry=-1)
 

@@ -101,7 +101,8 @@ class Service(publisher.Service):
         self.servers = []
         self.endpoints = []
 
-    def listen(self, url, batch=None, fixture=False, **kwargs):
+    def listen(self, url, batch=None, fixture=False,
+               topics=('notifications', 'others'), **kwargs):
         """Start a listener; it is the next in number, from 0 on.
 
         :param batch: arguments of a batch listener, if it is to be one
@@ -114,8 +115,7 @@ class Service(publisher.Service):
             conf_fixture.transport_url, url = url, None
         transport = oslo_messaging.get_notification_transport(
             self.conf, url=url)
-        targets = [oslo_messaging.Target(topic=topic)
-                   for topic in ('notifications', 'others')]
+        targets = [oslo_messaging.Target(topic=topic) for topic in topics]
         if batch is None:
             endpoint = Endpoint(**kwargs)
             server = oslo_messaging.get_notification_listener(

@@ -93,11 +93,14 @@ class Service:
         """Import the drivers, so that children need not."""
         extension.ExtensionManager('oslo.messaging.notify.drivers')
 
-    def open(self):
-        """Make the Notifier, which starts the driver."""
+    def open(self, topics=None):
+        """Make the Notifier, which starts the driver.
+
+        Once more: another, by which all is emitted from then on.
+        """
         transport = oslo_messaging.get_notification_transport(self.conf)
         self.notifier = oslo_messaging.Notifier(
-            transport, publisher_id='test.%d' % os.getpid())
+            transport, publisher_id='test.%d' % os.getpid(), topics=topics)
         # Handlers run in reverse order: this comes before the driver's.
         atexit.register(_exit_begins)
 

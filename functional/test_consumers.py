@@ -19,6 +19,7 @@ against a command line that ends in a traceback or does not end.
 """
 
 import array
+import collections
 import fcntl
 import json
 import os
@@ -179,6 +180,31 @@ class ListenerTest(ConsumerTestCase):
             ['mine', 'other', None],
             [each.get('project_id') for each in found[::10]])
         self.assertNotIn('secret', str(found))
+
+    def test_listeners_get_their_topics_and_all_else_everything(self):
+        """Of a service with two notifiers, as nova, and of a follower."""
+        service = self.service()
+        follower = self.publisher(lines=['topics = notifications,mine'])
+        follower.wait_log('relayed to')
+        consumer = self.consumer()
+        topics = ['notifications'], ['versioned', 'mine'], ['none'], ['*']
+        for each in topics:
+            consumer.ask('listen', url=self.url, topics=each)
+        client = self.subscribe()
+        client._take = lambda line: found.append(json.loads(line))
+        found = []
+        service.ask('emit', count=10)
+        service.ask('open', topics=['versioned'])
+        service.ask('emit', count=20)
+        follower.ask('emit', count=40)
+        for number, count in enumerate((50, 60, 0, 70)):
+            self.assertEqual(count, self.wait_heard(
+                consumer, count, number)['deliveries'])
+        base.wait_until(lambda: len(found) == 70, 'all came')
+        self.assertEqual(
+            {None: 10, ('versioned',): 20, ('notifications', 'mine'): 40},
+            collections.Counter(each.get('topics') and tuple(each['topics'])
+                                for each in found))
 
     def test_requeued_messages_return(self):
         service = self.service()

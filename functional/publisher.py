@@ -71,6 +71,7 @@ class Service:
         self.background = []        # threads
         self.stopping = threading.Event()
         self.held = []              # descriptors
+        self.served = {}            # by the fork server, by pid
         self.probes = []
 
     def serve(self, commands, answers):
@@ -284,9 +285,10 @@ class Service:
         """Start a child, which takes its commands from a Unix socket.
 
         :param how: fork (os.fork), multiprocessing (forked), thread (the
-                    same, from a thread that is not the main one), spawn,
-                    bare (as programs in C do, so that no hooks are run),
-                    namespace (os.fork, as process 1 of a new one)
+                    same, from a thread that is not the main one), forkserver
+                    and spawn (also multiprocessing's), bare (as programs in C
+                    do, so that no hooks are run), namespace (os.fork, as
+                    process 1 of a new one)
         :param control: path of the socket that the child connects to
         :returns: the pid of the child
         """
@@ -298,8 +300,8 @@ class Service:
                 self._be_child(control)
                 sys.exit(0)
             return pid
-        if how == 'spawn':
-            child = multiprocessing.get_context('spawn').Process(
+        if how in ('forkserver', 'spawn'):
+            child = multiprocessing.get_context(how).Process(
                 target=_spawned, args=(self.config_file, control))
         else:
             child = multiprocessing.get_context('fork').Process(
@@ -308,6 +310,8 @@ class Service:
             _in_threads(1, lambda index: child.start())
         else:
             child.start()
+        if how == 'forkserver':
+            self.served[child.pid] = child
         return child.pid
 
     def open_and_fork(self, how, control, pause):
@@ -347,10 +351,14 @@ class Service:
         return os.getpid()
 
     def reap(self, pid):
-        """Wait for a child of ours.
+        """Wait for a child of ours, or of the fork server.
 
         :returns: its exit status
         """
+        if pid in self.served:
+            child = self.served.pop(pid)
+            child.join()
+            return child.exitcode
         return os.waitpid(pid, 0)[1]
 
     def emit_at_exit(self, count):

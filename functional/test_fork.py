@@ -25,7 +25,9 @@ import base
 
 # In this order: multiprocessing wants to join its children in processes that
 # are no children of its own making.
-HOW = ('fork', 'multiprocessing', 'thread', 'spawn')
+HOW = ('fork', 'multiprocessing', 'thread', 'forkserver', 'spawn')
+# These come with nothing of their parent's but what they are told.
+AFRESH = ('forkserver', 'spawn')
 # What leaves the exit handlers, or their like, the time to run.
 ENDS = ('return', 'exit')
 
@@ -48,7 +50,7 @@ class ForkTest(base.RelayTestCase):
             # Python itself may hang in the child if another thread is busy.
             self.wait_idle([parent])
         child = self.fork(parent, how)
-        if how == 'spawn':
+        if how in AFRESH:
             child.ask('open')
         return child
 

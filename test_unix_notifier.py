@@ -4863,7 +4863,7 @@ class SubscribeTest(ConsumerTestCase):
         service = self.connection(listener)
         service.sendall(line(0))
         service.close()
-        stream._seen_until -= 60    # both have waited since
+        stream._gap._seen_until -= 60    # both have waited since
         self.assertEqual(numbered(0), next(stream))
         service = self.reconnect(stream, listener, line(1))
         seconds = self.assertInterrupted(next(stream), 'the stream ended')
@@ -4871,7 +4871,7 @@ class SubscribeTest(ConsumerTestCase):
         next(stream)
         for waiting in (lambda: threading.Timer(0.05, service.close).start(),
                         lambda: stream.take(0) or service.close()):
-            stream._seen_until -= 60
+            stream._gap._seen_until -= 60
             waiting()
             self.assertIsNone(stream.take(time.monotonic() + 0.2))
             service = self.reconnect(stream, listener, line(1))
@@ -4984,7 +4984,7 @@ class SubscribeTest(ConsumerTestCase):
             service.sendall(unix_notifier._lost_record(5, 'why'))
             self.assertEqual(5, next(stream)['payload']['lost'])
         self.assertEqual(1, self.logged('5 notifications were lost'))
-        stream._lost_told -= 2
+        stream.log._lost_told -= 2
         service.sendall(unix_notifier._lost_record(5, 'why'))
         next(stream)
         self.assertEqual(1, self.logged('20 notifications were lost'))
@@ -5012,7 +5012,7 @@ class SubscribeTest(ConsumerTestCase):
     def test_records_that_cannot_be_true_are_not_counted(self):
         stream, service = self.connected()
         for lost in (-5, 10 ** 30, 1.5, True, '5', [], 5, -1, 10 ** 18):
-            stream._lost_told -= 2
+            stream.log._lost_told -= 2
             service.sendall(unix_notifier._lost_record(lost, 'why'))
             next(stream)
         self.assertEqual(3, self.logged(' 5 notifications were lost'))

@@ -3543,6 +3543,106 @@ def _strict(message):
         return _line(_plain(message), False)
 
 
+class _ReaderLog:
+    """What a reader tells: of its connection, and of control records."""
+
+    def __init__(self, path):
+        self._path = path
+        self._told = set()      # what need not be told again
+        self._lost = 0          # notifications, by the records
+        self._lost_told = -math.inf     # time.monotonic() when that was told
+
+    def say(self, level, text, *args):
+        LOG.log(level, 'Notifications from %s: ' + text, self._path, *args)
+
+    def once(self, level, text, *args):
+        """Once, until a connection has lasted."""
+        if text not in self._told:
+            self._told.add(text)
+            self.say(level, text, *args)
+
+    def lasted(self):
+        self._told.clear()
+
+    def refused(self, reason):
+        self.once(logging.WARNING, 'refused: %s', reason)
+
+    def lost(self, payload):
+        """Losses, at most once a second, with the sum."""
+        self._lost += _lost_by(payload)
+        now = time.monotonic()
+        if now - self._lost_told > _CHECK_INTERVAL:
+            self._lost_told = now
+            self.say(logging.WARNING, '%d notifications were lost since it '
+                     'began: %s', self._lost, _reason(payload))
+
+
+def _reason(payload):
+    return _printable(payload.get('reason')
+                      if isinstance(payload, dict) else None)
+
+
+class _Gap:
+    """What a reader may have missed between two connections."""
+
+    def __init__(self):
+        self._seen_until = 0    # time.monotonic(): nothing before it was
+        self._since = None      # the same, while the gap is untold
+        self._reason = None
+        self._refusal = None    # the reason, once this connection got one
+
+    def __bool__(self):
+        return self._since is not None
+
+    def seen(self, now):
+        """All that had come was taken in, and the stream had not ended."""
+        self._seen_until = now
+
+    def refused(self, reason):
+        self._refusal = 'refused: ' + reason
+
+    def connected(self, now):
+        self._at = self._seen_until = now
+        self._refusal = None
+
+    def begin(self, reason):
+        """The stream has ended."""
+        self._since = self._since if self else self._seen_until
+        self._reason = self._refusal or reason
+
+    def ends_at(self):
+        """When, if nothing comes by then: see is_over()."""
+        return self._at + _Backoff.MAX
+
+    def is_over(self, first):
+        """Whether this connection lasts, or is refused, too.
+
+        That is known by its first line, or by a second without any. Till
+        then the gap goes on.
+        """
+        if first is None:
+            return time.monotonic() >= self.ends_at()
+        return (_decode(first) or {}).get('event_type') != _REFUSED
+
+    def line(self):
+        since, self._since = self._since, None
+        return _record(_INTERRUPTED, seconds=round(self._at - since, 3),
+                       reason=self._reason)
+
+
+def _select(until, waker, sock):
+    """Which of them, if any, can be read; and how long that took."""
+    # Not epoll, which a forked child shares: what it took out there, when it
+    # closed its copy, we would await for ever. eventlet has no poll().
+    selector = getattr(selectors, 'PollSelector', selectors.DefaultSelector)()
+    selector.register(waker, selectors.EVENT_READ)
+    if sock is not None:
+        selector.register(sock, selectors.EVENT_READ)
+    began = time.monotonic()
+    ready = selector.select(None if until == math.inf else until - began)
+    return [key.fileobj for key, _ in ready], time.monotonic() - began
+
+
 class _Subscription(abc.Iterator):
     """A socket that is followed; what subscribe() returns.
 
@@ -3559,15 +3659,11 @@ class _Subscription(abc.Iterator):
         self.closed = False     # for good: no more will come
         self._reading = threading.Lock()    # by who reads, or disconnects
         self._since = 0         # time.monotonic() when it connected
-        self._seen_until = 0    # the same: nothing was missed before that
-        self._gap = None        # since when, and why, while that is untold
-        self._refusal = None    # the reason, once this connection got one
+        self._gap = _Gap()
         # That came and were not taken; None for the record of a gap.
         self._lines = collections.deque()
         self._retry = _Backoff()    # its delay outlasts a connection
-        self._told = set()      # what was logged and need not be again
-        self._lost = 0          # notifications, by the records
-        self._lost_told = -math.inf     # time.monotonic() when it was logged
+        self.log = _ReaderLog(self.path)
         self._waker = _Event()
         self._connect()
 
@@ -3629,34 +3725,21 @@ class _Subscription(abc.Iterator):
         if sock is None:
             until = min(deadline, self._retry.at)
         elif self._gap and not paused:
-            until = min(deadline, self._since + _Backoff.MAX)
-        ready = self._select(until, None if paused else sock)
+            until = min(deadline, self._gap.ends_at())
+        sock = None if paused else sock
+        ready, waited = _select(until, self._waker, sock)
+        if sock is not None and (sock not in ready or waited > _WAITED):
+            self._gap.seen(time.monotonic())
         if self._waker in ready:
             self._waker.clear()
             return False
         if ready:
             self._receive()
         if self._gap and not paused and self._sock is not None:
-            self._tell_gap()
+            first = self._lines[0][:self._max_line] if self._lines else None
+            if self._gap.is_over(first):
+                self._lines.appendleft(None)
         return bool(self._lines and not paused) or time.monotonic() < deadline
-
-    def _select(self, until, sock):
-        """Which of the waker and the socket, if any, can be read."""
-        # Not epoll, which a forked child shares: what it took out there, when
-        # it closed its copy, we would await for ever. eventlet has no poll().
-        selector = getattr(selectors, 'PollSelector',
-                           selectors.DefaultSelector)()
-        selector.register(self._waker, selectors.EVENT_READ)
-        if sock is not None:
-            selector.register(sock, selectors.EVENT_READ)
-        began = time.monotonic()
-        ready = [key.fileobj for key, _ in selector.select(
-            None if until == math.inf else until - began)]
-        ended = time.monotonic()
-        if sock is not None and (
-                sock not in ready or ended - began > _WAITED):
-            self._seen_until = ended
-        return ready
 
     def _connect(self):
         self._buffer = _LineBuffer(self._max_line)
@@ -3669,11 +3752,11 @@ class _Subscription(abc.Iterator):
             if not self._reconnect:
                 raise OSError(error.errno, error.strerror, self.path)
             self._retry.fail()
-            self.say_once(logging.INFO, 'waiting for it: %s', error.strerror)
+            self.log.once(logging.INFO, 'waiting for it: %s', error.strerror)
             return
-        self._since = self._seen_until = time.monotonic()
-        self._refusal = None
-        self.say_once(logging.INFO, 'connected')
+        self._since = time.monotonic()
+        self._gap.connected(self._since)
+        self.log.once(logging.INFO, 'connected')
 
     def _receive(self):
         try:
@@ -3688,36 +3771,15 @@ class _Subscription(abc.Iterator):
     def _on_end(self, reason):
         """The stream has ended. A line without its end is discarded."""
         self._disconnect()
-        since = self._gap[0] if self._gap else self._seen_until
-        self._gap = since, self._refusal or reason
+        self._gap.begin(reason)
         if not self._reconnect:
             self.closed = True
         # Unless it refuses us: it must not be asked, nor be logged, for ever.
         if time.monotonic() - self._since > _Backoff.MAX:
             self._retry.clear()
-            self._told.clear()
+            self.log.lasted()
         self._retry.fail()
-        self.say_once(logging.INFO, 'disconnected')
-
-    def _tell_gap(self):
-        """Have a record come first, unless this connection is refused, too.
-
-        That is known by its first line, or by a second without any. Till
-        then the gap goes on.
-        """
-        if self._lines:
-            line = self._lines[0]
-            first = len(line) <= self._max_line and _decode(line) or {}
-            tells = first.get('event_type') != _REFUSED
-        else:
-            tells = time.monotonic() - self._since >= _Backoff.MAX
-        if tells:
-            self._lines.appendleft(None)
-
-    def _gap_line(self):
-        (since, reason), self._gap = self._gap, None
-        return _record(_INTERRUPTED, seconds=round(self._since - since, 3),
-                       reason=reason)
+        self.log.once(logging.INFO, 'disconnected')
 
     def _disconnect(self):
         if self._sock is not None:
@@ -3733,43 +3795,23 @@ class _Subscription(abc.Iterator):
 
     def _parse(self, line):
         if line is None:
-            line = self._gap_line()
+            line = self._gap.line()
         elif len(line) > self._max_line:
             line = _lost_record(1, 'it took more than %d bytes' %
                                 self._max_line)
         self.line = line
         message = _decode(line)
         if message is None:
-            self.say_once(logging.WARNING, 'not a JSON object, dropped: %r',
+            self.log.once(logging.WARNING, 'not a JSON object, dropped: %r',
                           line[:80])
             return None
-        if message.get('event_type') in (_LOST, _REFUSED):
-            self.note(message['event_type'], message.get('payload'))
+        event_type, payload = message.get('event_type'), message.get('payload')
+        if event_type == _LOST:
+            self.log.lost(payload)
+        elif event_type == _REFUSED:
+            self._gap.refused(_reason(payload))
+            self.log.refused(_reason(payload))
         return message
-
-    def note(self, event_type, payload):
-        """Log a control record; losses at most once a second, with the sum."""
-        payload = payload if isinstance(payload, dict) else {}
-        reason = _printable(payload.get('reason'))
-        if event_type == _REFUSED:
-            self._refusal = 'refused: ' + reason
-            self.say_once(logging.WARNING, 'refused: %s', reason)
-            return
-        self._lost += _lost_by(payload)
-        now = time.monotonic()
-        if now - self._lost_told > _CHECK_INTERVAL:
-            self._lost_told = now
-            self.say(logging.WARNING, '%d notifications were lost since it '
-                     'began: %s', self._lost, reason)
-
-    def say_once(self, level, text, *args):
-        """Once, until a connection has lasted."""
-        if text not in self._told:
-            self._told.add(text)
-            self.say(level, text, *args)
-
-    def say(self, level, text, *args):
-        LOG.log(level, 'Notifications from %s: ' + text, self.path, *args)
 
 
 def subscribe(path, *, reconnect=True, max_line=_READ_MAX):
@@ -3864,6 +3906,76 @@ class _Incoming(_base.IncomingMessage):
         self._listener.put_off(self)
 
 
+def _is_of(message, topics):
+    """Whether a broker would have it in a queue of these; None: of all."""
+    of = message.get('topics')
+    return topics is None or any(
+        isinstance(each, str) and each in topics
+        for each in (of if isinstance(of, list) else _TOPICS))
+
+
+class _Unsettled:
+    """What was handed out, the first first. Needs the listener's lock."""
+
+    def __init__(self):
+        self._all = {}          # an ordered set
+        self.size = 0           # bytes
+        self.moved = 0          # time.monotonic(): one came or went
+
+    def __len__(self):
+        return len(self._all)
+
+    def first(self):
+        return next(iter(self._all))
+
+    def add(self, incoming):
+        self.moved = time.monotonic()
+        self._all[incoming] = True
+        self.size += incoming.size
+        return incoming
+
+    def remove(self, incoming):
+        self.moved = time.monotonic()
+        if self._all.pop(incoming, False):
+            self.size -= incoming.size
+
+
+class _PutOff:
+    """What was requeued, until it is due. Needs the listener's lock."""
+
+    def __init__(self):
+        self._queues = collections.defaultdict(collections.deque)   # by delay
+        self.size = 0           # bytes
+
+    def __len__(self):
+        return sum(map(len, self._queues.values()))
+
+    def add(self, when, incoming):
+        self._queues[incoming.delay].append((when, incoming))
+        self.size += incoming.size
+
+    def first_due(self):
+        """When it is due, and its delay."""
+        return min(((queue[0][0], delay) for delay, queue
+                    in self._queues.items() if queue), default=(math.inf, 0))
+
+    def last_due(self):
+        """The delay of what was put off for longest."""
+        return max(delay for delay, queue in self._queues.items() if queue)
+
+    def pop(self, delay):
+        """The first of those that were put off so long."""
+        incoming = self._queues[delay].popleft()[1]
+        self.size -= incoming.size
+        return incoming
+
+    def clear(self):
+        """How many there were."""
+        count = len(self)
+        self.__init__()
+        return count
+
+
 class _Listener(_base.PollStyleListener):
     """One connection, whatever the targets and priorities.
 
@@ -3876,16 +3988,12 @@ class _Listener(_base.PollStyleListener):
         self._limit = max(_UNSETTLED_MAX, batch_size or 0)
         self._subscription = _Subscription(path)
         self._lock = threading.Lock()   # guards what follows
-        self._unsettled = {}    # handed out, the first first; its keys
-        self._unsettled_size = 0
-        # By delay, what was requeued: (when it is due, it), the first first.
-        self._put_off = collections.defaultdict(collections.deque)
-        self._put_off_size = 0
+        self._unsettled = _Unsettled()
+        self._put_off = _PutOff()
         self._is_new = True     # whether what came last was: by turns
         self._record = None     # of what was given up, while it waits there
         self._record_at = -math.inf     # when the last was due
         self._worst = None      # of what was requeued again and again
-        self._moved = 0         # when any was last handed out, or settled
         self._tell_at = 0       # when to say again what is stuck
         self._tell_pause = _STUCK_FIRST
 
@@ -3894,20 +4002,20 @@ class _Listener(_base.PollStyleListener):
 
     def settle(self, incoming):
         with self._lock:
-            self._take_back(incoming)
+            self._unsettled.remove(incoming)
             if incoming is self._worst:
                 self._worst = None
         self._subscription.wake()
 
     def put_off(self, incoming):
         with self._lock:
-            self._take_back(incoming)
-            self._wait_for(_deadline(incoming.delay), incoming)
+            self._unsettled.remove(incoming)
+            self._put_off.add(_deadline(incoming.delay), incoming)
             if incoming.requeues > 2 and (
                     self._worst is None
                     or incoming.requeues >= self._worst.requeues):
                 self._worst = incoming
-            while self._put_off_size > _HELD_MAX:
+            while self._put_off.size > _HELD_MAX:
                 self._give_up()
         self._subscription.wake()
         if self._subscription.closed:
@@ -3920,11 +4028,9 @@ class _Listener(_base.PollStyleListener):
         """
         self._subscription.close()
         with self._lock:
-            dropped = sum(map(len, self._put_off.values()))
-            self._put_off.clear()
-            self._put_off_size = 0
+            dropped = self._put_off.clear()
         if dropped:
-            self._subscription.say_once(
+            self._subscription.log.once(
                 logging.WARNING, 'the listener stops; what was requeued (%d) '
                 'is dropped', dropped)
 
@@ -3932,30 +4038,13 @@ class _Listener(_base.PollStyleListener):
 
     # Whoever holds the lock.
 
-    def _take_back(self, incoming):
-        self._moved = time.monotonic()
-        if self._unsettled.pop(incoming, False):
-            self._unsettled_size -= incoming.size
-
-    def _hand_out(self, incoming):
-        self._moved = time.monotonic()
-        self._unsettled[incoming] = True
-        self._unsettled_size += incoming.size
-        return incoming
-
-    def _wait_for(self, when, incoming):
-        self._put_off[incoming.delay].append((when, incoming))
-        self._put_off_size += incoming.size
-
     def _give_up(self):
         """Drop what was put off for longest, and have a record tell of it.
 
         That waits its turn as well, a second after the last at least, for
         who is told may requeue it, too.
         """
-        delay = max(each for each in self._put_off if self._put_off[each])
-        incoming = self._put_off[delay].popleft()[1]
-        self._put_off_size -= incoming.size
+        incoming = self._put_off.pop(self._put_off.last_due())
         lost = 1
         if incoming.message.get('event_type') == _LOST:
             lost = _lost_by(incoming.message.get('payload'))
@@ -3963,7 +4052,7 @@ class _Listener(_base.PollStyleListener):
             self._record_at = max(time.monotonic(),
                                   self._record_at + _CHECK_INTERVAL)
             self._record = _Incoming(self, json.loads(_lost_record(0, '')))
-            self._wait_for(self._record_at, self._record)
+            self._put_off.add(self._record_at, self._record)
         self._record.message['payload'] = {
             'lost': self._record.message['payload']['lost'] + lost,
             'reason': 'the listener gave up on %s' % incoming}
@@ -3999,17 +4088,18 @@ class _Listener(_base.PollStyleListener):
         while True:
             with self._lock:
                 full = (len(self._unsettled) >= self._limit
-                        or self._unsettled_size >= _HELD_MAX)
+                        or self._unsettled.size >= _HELD_MAX)
                 if full and len(self._unsettled) == len(batch):
                     return None     # nobody else could make room
-                until, queue = self._first_due()
+                until, delay = self._put_off.first_due()
                 if until <= time.monotonic() and not full:
                     if batch:
                         return None
                     if self._is_new:
-                        return self._return(queue)
+                        return self._return(delay)
             if full:
-                until = max(self._moved + _STUCK_FIRST, self._tell_at)
+                until = max(self._tell_at,
+                            self._unsettled.moved + _STUCK_FIRST)
             if full or self._worst is not None:
                 self._complain(full)
             message = self._subscription.take(min(deadline, until),
@@ -4017,35 +4107,27 @@ class _Listener(_base.PollStyleListener):
             self._is_new = True     # or there was none
             if message is not None and self._is_wanted(message):
                 with self._lock:
-                    return self._hand_out(_Incoming(
+                    return self._unsettled.add(_Incoming(
                         self, message, len(self._subscription.line)))
             if (time.monotonic() >= deadline
                     or message is None and self._subscription.closed):
                 return None
 
-    def _first_due(self):
-        """Of what was put off: when it is due, and the queue it heads."""
-        if not self._put_off_size:
-            return math.inf, None
-        return min(((queue[0][0], queue) for queue in self._put_off.values()
-                    if queue), key=lambda each: each[0])
-
-    def _return(self, queue):
-        incoming = queue.popleft()[1]
-        self._put_off_size -= incoming.size
+    def _return(self, delay):
+        incoming = self._put_off.pop(delay)
         self._is_new = False
         if incoming is self._record:
             self._record = None
-            self._subscription.note(_LOST, incoming.message['payload'])
-        return self._hand_out(incoming)
+            self._subscription.log.lost(incoming.message['payload'])
+        return self._unsettled.add(incoming)
 
     def _complain(self, full):
         """Log what is stuck: requeued for ever, or never settled at all."""
         now = time.monotonic()
         with self._lock:
             worst = self._worst
-            if full and now - self._moved >= _STUCK_FIRST:
-                worst = next(iter(self._unsettled))
+            if full and now - self._unsettled.moved >= _STUCK_FIRST:
+                worst = self._unsettled.first()
             if worst is None:
                 self._tell_pause = _STUCK_FIRST
                 self._tell_at = min(self._tell_at, now + _STUCK_FIRST)
@@ -4053,9 +4135,8 @@ class _Listener(_base.PollStyleListener):
                 return
             self._tell_at = now + self._tell_pause
             self._tell_pause = min(2 * self._tell_pause, _AGAIN_MAX)
-            numbers = (len(self._unsettled),
-                       sum(map(len, self._put_off.values())))
-        self._subscription.say(
+            numbers = len(self._unsettled), len(self._put_off)
+        self._subscription.log.say(
             logging.WARNING, 'stuck: %s; %d handed out and not settled, %d '
             'to be tried again', worst, *numbers)
 
@@ -4063,23 +4144,15 @@ class _Listener(_base.PollStyleListener):
         event_type = message.get('event_type')
         if event_type == _REFUSED:
             return False        # it was logged
-        if event_type not in _CONTROL and not self._is_asked_for(message):
+        if not (event_type in _CONTROL or _is_of(message, self._topics)):
             return False
         if isinstance(message.get('priority'), str):
             return True
         # The dispatcher would fail on it, and have it requeued, for ever.
-        self._subscription.say_once(
+        self._subscription.log.once(
             logging.WARNING, 'dropped, for it has no priority: %r',
             self._subscription.line[:80])
         return False
-
-    def _is_asked_for(self, message):
-        """Whether a broker would have it in a queue of ours."""
-        topics = message.get('topics')
-        if not isinstance(topics, list):
-            topics = _TOPICS
-        return self._topics is None or any(
-            isinstance(each, str) and each in self._topics for each in topics)
 
 
 def _deadline(seconds):

@@ -847,6 +847,19 @@ class EncodeTest(TestCase):
                             uuid.UUID(second['message_id']))
         datetime.datetime.fromisoformat(first['timestamp'])
 
+    def test_what_is_deep_is_not_even_tried(self):
+        """On Pythons whose encoder would go on, and take long to come back."""
+        self.patch('_PROBES', True)
+        deep = functools.reduce(lambda inner, _: {'a': inner}, range(5000), 1)
+        lines = self.useFixture(fixtures.MockPatchObject(
+            unix_notifier, '_line', autospec=True,
+            side_effect=unix_notifier._line)).mock
+        for payload, times in (deep, 1), ({'a': [1]}, 2), (uuid.uuid4(), 3):
+            self.payload(payload)
+            self.assertEqual(times, lines.call_count)
+        self.assertNotIn(deep, [each.args[0]['payload']
+                                for each in lines.call_args_list])
+
     def test_one_payload_in_many_threads_is_no_cycle(self):
         self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
         sys.setswitchinterval(1e-6)

@@ -78,6 +78,7 @@ import grp
 import itertools
 import json
 import logging
+import marshal
 import math
 from multiprocessing import process
 from multiprocessing import util
@@ -426,6 +427,21 @@ def _context(ctxt):
         return {}
 
 
+# As of Python 3.14 the encoder goes as deep as the stack lets it, and as it
+# fails adds a note to the error at each level that it leaves: of a dict that
+# is 30 000 deep it took 37 ms, while no other thread runs. marshal, which takes
+# 1 us, refuses 2000 levels.
+_PROBES = sys.version_info >= (3, 14)
+
+
+def _is_deep(message):
+    try:
+        marshal.dumps(message)
+    except ValueError as error:     # or it knows nothing of a type
+        return 'deep' in str(error)
+    return False
+
+
 def _encode(message, mask=False, ctxt=None, topics=None):
     """Serialize a notification to one line of ASCII, LF included.
 
@@ -443,6 +459,8 @@ def _encode(message, mask=False, ctxt=None, topics=None):
     if topics is not None:
         message = dict(message, topics=topics)
     try:
+        if _PROBES and _is_deep(message):
+            raise RecursionError
         return _line(message, mask)
     except Exception:
         _markers.clear()    # for it stopped in the middle

@@ -2818,9 +2818,10 @@ class PathTest(HubCase):
         os.mkdir(self.dir)
         hub.checked_at = 0
         hub.look_again()
-        self.assertIn('all is well again: served with mode 0660, group '
-                      'unchanged, by pid %d; tried 2001 times since 20'
-                      % os.getpid(), self.log.output)
+        # Once more where it takes long to come so far.
+        self.assertRegex(
+            self.log.output, 'all is well again: served with mode 0660, group '
+            'unchanged, by pid %d; tried 200[12] times since 20' % os.getpid())
         self.assertNames(self.log.output.splitlines()[-1], '[Errno 2]',
                          self.dir)
 

@@ -429,8 +429,8 @@ def _context(ctxt):
 
 # As of Python 3.14 the encoder goes as deep as the stack lets it, and as it
 # fails adds a note to the error at each level that it leaves: of a dict that
-# is 30 000 deep it took 37 ms, while no other thread runs. marshal, which takes
-# 1 us, refuses 2000 levels.
+# is 30 000 deep it took 37 ms, while no other thread ran. marshal takes 1 us,
+# and refuses 2000 levels.
 _PROBES = sys.version_info >= (3, 14)
 
 

@@ -476,6 +476,10 @@ class HandoverTest(base.RelayTestCase):
         leader.kill(signal.SIGCONT)
         self.assert_complete(subscriber, 21)
 
+    def _relay_listens(self):
+        with socket.socket(socket.AF_UNIX) as probe:
+            return not probe.connect_ex(self.path + '.relay')
+
     def test_lock_removed_and_a_follower_goes_on_that_missed_a_leader(self):
         """It has the same listener as the leader, who has no lock."""
         leader, other, stopped = self.start_workers(3)
@@ -484,8 +488,8 @@ class HandoverTest(base.RelayTestCase):
         base.stop(stopped.pid)
         self.kill_worker(leader)
         self.wait_leader([other])
-        base.wait_until(lambda: os.path.exists(self.path + '.relay'),
-                        'the relay is served')
+        # Which who takes the lock would clear away before it listens.
+        base.wait_until(self._relay_listens, 'the relay is served')
         os.unlink(self.path + '.lock')
         stopped.kill(signal.SIGCONT)
         other.ask('start', pause=0.01)      # or it would not look

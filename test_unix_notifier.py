@@ -459,7 +459,7 @@ class SteppedHub(unix_notifier._Hub):
     on_accept = functools.partialmethod(_hook, 'loop.role._let_in')
     on_close_listener = functools.partialmethod(_hook, 'loop.path.free')
     on_flush = functools.partialmethod(_hook, 'loop.fanout.flush')
-    on_work = functools.partialmethod(_hook, 'loop.fanout.take_rest')
+    on_work = functools.partialmethod(_hook, 'loop.inbox.count')
     on_turn = functools.partialmethod(_hook, 'loop.step')
 
     def on_intact(self, function):

@@ -1422,20 +1422,28 @@ class _Turn:
         self.free = collections.deque([True])   # empty while someone has it
         self.aim = None     # what notify() may do with it, once it is free
 
-    @contextlib.contextmanager
-    def taken(self):
+    def take(self):
+        """Wait for it; returns where to give it back, by append(True).
+
+        Not to another, if it was renewed meanwhile.
+        """
         while True:
             free = self.free
             try:
                 free.pop()
-                break
             except IndexError:
                 time.sleep(_GIVE_WAY)   # for notify() to send
-        self.aim = None
+            else:
+                self.aim = None
+                return free
+
+    @contextlib.contextmanager
+    def taken(self):
+        free = self.take()
         try:
             yield
         finally:
-            free.append(True)   # not to another, if it was renewed meanwhile
+            free.append(True)
 
     def outwait(self, seconds):
         """Wait so long for who has it, and then take it for gone.
@@ -1690,8 +1698,6 @@ class _Visits:
         connect() as the start. A fifth of the time is for work: under
         eventlet, a turn with 64 subscribers takes milliseconds.
         """
-        if not self.lately:
-            return
         self.lately = False
         now, worked = time.monotonic(), time.thread_time() - self._worked
         if now - self._rested - worked < 2 * _REST:
@@ -2251,7 +2257,7 @@ class _Fanout:
         self.again = False      # someone may be sent more at once
         self.drained = False    # someone has read a lot
         self._late = False      # others want the GIL: it is kept where it can
-        self._ended = []        # streams, to be seen off
+        self.ended = []         # streams, to be seen off
 
     def take(self, due, handed):
         """Move what is due to the backlog, in its order."""
@@ -2265,12 +2271,11 @@ class _Fanout:
 
     def take_rest(self, streams):
         """Take on what notify() has sent a part of, to the only stream."""
-        if self._inbox.rest is not None:
-            line, sent = self._inbox.rest
-            self.backlog.append(line, 1)
-            for stream in streams:
-                stream.offset = sent
-            self._inbox.rest = None
+        line, sent = self._inbox.rest
+        self.backlog.append(line, 1)
+        for stream in streams:
+            stream.offset = sent
+        self._inbox.rest = None
 
     def flush(self, streams):
         """Send to all who take more, and hold the others to the bound."""
@@ -2287,7 +2292,7 @@ class _Fanout:
                 self._hold(stream)
                 held = max(held, self.backlog.behind(stream.chunk))
                 self.again |= not stream.blocked
-        self.again |= bool(self._ended)
+        self.again |= bool(self.ended)
         self._share(held)
 
     def _share(self, held):
@@ -2348,12 +2353,7 @@ class _Fanout:
         """Note that it has ended: the next turn will see it off."""
         if not stream.ended:
             stream.ended = reason
-            self._ended.append(stream)
-
-    def ended(self):
-        """Yield those that have; each once."""
-        while self._ended:
-            yield self._ended.pop(0)
+            self.ended.append(stream)
 
 
 class _Loop:
@@ -2398,9 +2398,12 @@ class _Loop:
                 self.open()
         events = self._wait(limit)
         self._look()
-        with self.turn.taken():
+        free = self.turn.take()     # not taken(), which takes 2 us
+        try:
             self.stay()
             return self.work(events)
+        finally:
+            free.append(True)
 
     def _look(self):
         """Look whether all is still well, before the turn is taken.
@@ -2442,11 +2445,13 @@ class _Loop:
         return bool(events or due or handed or self.fanout.again)
 
     def _begin(self, events):
-        self.fanout.take_rest(self.role.streams)
+        if self.inbox.rest is not None:
+            self.fanout.take_rest(self.role.streams)
         for callback, mask in events:
             if callback is not None:
                 callback(mask)
-        for stream in self.fanout.ended():
+        while self.fanout.ended:
+            stream = self.fanout.ended.pop(0)
             if stream in self.role.streams:     # not of the last role
                 self.role.see_off(stream)
         if time.monotonic() >= (self.retry.at or
@@ -2461,7 +2466,8 @@ class _Loop:
             if not self.inbox.waiting():    # after the flag: see emit()
                 timeout = self._timeout(limit)
         events = self.files.wait(timeout)
-        self.visits.slow_down()
+        if self.visits.lately:
+            self.visits.slow_down()
         self.inbox.asleep = False
         return events
 
@@ -3334,16 +3340,16 @@ class _Relay:
         self._loop = loop
         self._path = loop.path
         self._presence = loop.files.own(_Event)
+        self._shown = False     # whether it is set
         self.sources = {}      # an ordered set
         self._handed = []       # chunks
         self._listener = None   # the subscribers', which is passed
         self._patience = _PATIENCE  # how often more it waits for readers
 
     def show(self, anyone):
-        if anyone:
-            self._presence.set()
-        else:
-            self._presence.clear()
+        if anyone != self._shown:
+            self._shown = anyone
+            (self._presence.set if anyone else self._presence.clear)()
 
     def announce(self, bound):
         self._listener = bound

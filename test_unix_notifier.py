@@ -370,6 +370,7 @@ class SteppedHub(unix_notifier._Hub):
     served = property(lambda self: '' in self.loop.path.bound)
     subscribers = property(lambda self: list(self.loop.role.streams))
     timeout = property(lambda self: self.loop._timeout(None))
+    called_last = property(lambda self: self.loop.role._door.locked)
     ready = property(lambda self: self.loop.turn.aim is not None)
     taken = property(lambda self: self.loop.turn.taken)
     tokens = property(lambda self: len(self.loop.turn.free))
@@ -3958,6 +3959,14 @@ class RelayStartTest(RelayCase):
         hub.starting = starting
         wait_until(lambda: self.emit(hub, range(1)) or hub.thread)
 
+    def test_where_a_loop_would_starve_it_never_leads(self):
+        self.patch('_starves', lambda: True)
+        hub = SteppedRelayHub(self.make_settings(), stepped=False)
+        self.addCleanup(hub.close)
+        for number in range(3):
+            self.emit(hub, range(number, number + 1))
+        self.assertFalse(hub.served or os.path.exists(self.path))
+
     def test_where_a_loop_would_starve_notify_does_its_work(self):
         leader = self.make_newcomer(self.make_settings())
         self.step(leader)
@@ -4175,6 +4184,45 @@ class RelayPathTest(RelayCase):
             leader.turn()
         self.assertEqual([], errors)
         self.assertIs(leader, self.settle(leader, follower, other))
+
+    def test_what_a_leader_has_taken_as_it_resigns_is_told_of_as_lost(self):
+        leader, follower = self.make_pair()
+        client = self.connect(leader)
+        self.step(leader, follower)
+        for name in os.listdir(self.dir):
+            os.unlink(os.path.join(self.dir, name))
+        other = self.make_newcomer(leader.settings)
+        other.turn()
+        late = self.connect(other)
+        self.emit(follower, range(3))
+        self.step(follower)
+        leader.look_again()
+        self.assertEqual(3, account(client.read()))
+        self.settle(leader, follower, other)
+        wait_until(lambda: self.step(leader, other) or late.read())
+        self.assertEqual(
+            [{'lost': 3, 'reason': 'leader replaced'}],
+            [each['payload'] for each in late.messages])
+
+    def test_who_comes_as_a_leader_leaves_is_for_the_next(self):
+        leader, follower = self.make_pair()
+        slow = self.connect(leader)
+        self.step(leader, follower)
+        self.emit(leader, range(1), size=2 ** 22)
+        leader.turn()
+        clients = []
+
+        def come():     # once it has cut off, and waits for the slow one
+            if leader.called_last:
+                clients.append(self.connect())
+                slow.receive(2 ** 23)
+
+        leader.on_turn(before=come)
+        leader.finish()
+        self.assertIs(follower, self.settle(follower))
+        self.step(follower)
+        self.assertTrue(clients)
+        self.assertServed(follower, *clients)
 
     def test_subscriber_that_ended_is_no_concern_of_the_next_role(self):
         leader, follower = self.make_pair()

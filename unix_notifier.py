@@ -2120,10 +2120,14 @@ class _Leader:
         return self._others.take()
 
     def settle(self):
-        """The end of a turn: the gate is lowered here alone."""
+        """The end of a turn: the gate is lowered here alone.
+
+        Not while anything is queued: who comes next would get that, and not
+        what was dropped after it.
+        """
         self._start = None
         self._others.give_time(self.streams, self._loop.fanout)
-        self._open(bool(self.streams))
+        self._open(bool(self.streams) or self._loop.inbox.waiting())
         self._door.settle()
 
     def _open(self, anyone):

@@ -205,6 +205,26 @@ def in_child(function, fork=os.fork):
 
 
 @contextlib.contextmanager
+def held_elsewhere(context):
+    """Another thread is in the context meanwhile."""
+    held, done = threading.Event(), threading.Event()
+
+    def hold():
+        with context:
+            held.set()
+            done.wait(WAIT)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(WAIT)
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(WAIT)
+
+
+@contextlib.contextmanager
 def as_uid(uid):
     before = os.geteuid()
     os.seteuid(uid)
@@ -3121,19 +3141,8 @@ class WakeTest(HubCase):
     def test_close_that_does_not_wait_leaves_one_turn(self):
         """A loop that had it for long gives it back to nobody."""
         hub, _ = self.start_hub()
-        held, go = threading.Event(), threading.Event()
-
-        def hold():
-            with hub.taken():
-                held.set()
-                go.wait(WAIT)
-
-        holder = threading.Thread(target=hold)
-        holder.start()
-        held.wait(WAIT)
-        hub.close()
-        go.set()
-        holder.join(WAIT)
+        with held_elsewhere(hub.taken()):
+            hub.close()
         self.assertEqual(1, hub.tokens)
 
     def test_close_before_the_loop_has_started(self):
@@ -3713,18 +3722,6 @@ class DriverTest(TestCase):
     def test_child_of_any_fork_serves_at_once(self):
         with fixtures.MonkeyPatch('threading.Thread.start', none_left):
             unix_notifier.UnixDriver(self.make_conf())
-        held, done = threading.Event(), threading.Event()
-
-        def log():      # as the parent's loop may be about to
-            with unix_notifier._no_fork():
-                held.set()
-                done.wait(WAIT)
-
-        thread = threading.Thread(target=log)
-        thread.start()
-        held.wait(WAIT)
-        self.addCleanup(thread.join)
-        self.addCleanup(done.set)
 
         def child():
             unix_notifier.UnixDriver(self.make_conf())
@@ -3732,8 +3729,10 @@ class DriverTest(TestCase):
             self.connect()
             unix_notifier._at_exit()
 
-        for fork in os.fork, ctypes.PyDLL(None).fork:
-            self.assertEqual('', in_child(child, fork))
+        # As by the parent's loop, which is about to log.
+        with held_elsewhere(unix_notifier._no_fork()):
+            for fork in os.fork, ctypes.PyDLL(None).fork:
+                self.assertEqual('', in_child(child, fork))
 
     def test_exit_closes_every_hub_whatever_happens(self):
         closed = []
@@ -4167,6 +4166,17 @@ class RelayPathTest(RelayCase):
                 side_effect=OSError(errno.ENOSPC, 'too many are watched')):
             other.look_again()
         self.assertIs(leader, self.settle(leader, follower, other))
+
+    def test_relay_that_may_not_be_connected_to_is_no_stranger(self):
+        lock = unix_notifier._Lock(self.path + '.lock')
+        self.addCleanup(lock.close)
+        lock.acquire()
+        follower = self.make_newcomer(self.make_settings())
+        with mock.patch('socket.socket.connect', autospec=True,
+                        side_effect=PermissionError(errno.EPERM, 'no')):
+            follower.look_again(9)
+        self.assertLogged('relay refused', 0)
+        self.assertLogged('held; its last owner')
 
     def test_leader_that_cannot_watch_a_follower_hangs_up(self):
         leader, follower = self.make_pair()
@@ -4894,7 +4904,7 @@ class SubscribeTest(ConsumerTestCase):
     def test_interruption_is_told_though_nothing_comes(self):
         self.patch('_Backoff.MAX', 0.2)
         stream, service = self.come_back()
-        begin = stream._since
+        begin = stream._gap._at
         self.assertInterrupted(next(stream), 'the stream ended')
         self.assertGreater(time.monotonic() - begin, 0.19)
         self.assertIsNone(stream.take(time.monotonic() + 0.3))
@@ -4912,11 +4922,12 @@ class SubscribeTest(ConsumerTestCase):
             self.assertEqual('notifications.refused',
                              next(stream)['event_type'])
             if not number:
-                begin = stream._since
+                begin = stream._gap._at
             service = self.reconnect(stream, listener)
         service.sendall(line(1))
         seconds = self.assertInterrupted(next(stream), 'refused: full')
-        self.assertGreaterEqual(seconds, round(stream._since - begin, 3) - 0.1)
+        self.assertGreaterEqual(
+            seconds, round(stream._gap._at - begin, 3) - 0.1)
         self.assertEqual(numbered(1), next(stream))
 
     def test_interruption_includes_the_time_that_nobody_asked(self):
@@ -4983,7 +4994,7 @@ class SubscribeTest(ConsumerTestCase):
     def test_connection_that_lasted_starts_afresh(self):
         stream, service = self.connected()
         stream._retry.delay = 1
-        stream._since -= 2
+        stream._gap._at -= 2
         service.close()
         stream._receive()
         self.assertEqual(0.01, stream._retry.delay)

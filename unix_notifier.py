@@ -154,7 +154,6 @@ _STARVED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 # path is in use, by a leader, it may be, that has lost its lock.
 _LED = (errno.EAGAIN, errno.EPERM, errno.EACCES, errno.EADDRINUSE)
 
-
 # Connections that the kernel holds for us between two turns: a hundred readers
 # may come back at once. While more than so many come within a second it is
 # told to hold fewer, for a turn has to accept all who wait before it sends.
@@ -962,7 +961,7 @@ class _Backlog:
 
 
 class _Subscriber:
-    """A connected socket, and a cursor in the backlog. With the turn."""
+    """A connected socket, and a cursor in the backlog."""
 
     slow = 'subscriber too slow'    # why it loses
 
@@ -1403,6 +1402,7 @@ class _Inbox:
             yield [self.lines.popleft() for _ in range(min(size, _BATCH))]
 
 
+# By which descriptor, in a tuple, after which look, and what that has to find.
 _Aim = collections.namedtuple('_Aim', 'fds look expected')
 
 
@@ -1992,7 +1992,7 @@ class _Seeker:
 
     def __init__(self, loop):
         self._loop = loop
-        loop.inbox.look = _yes   # until it is clear who serves
+        loop.inbox.look = _yes  # until it is clear who serves
 
     def look_after(self):
         return _Leader.claim(self._loop)
@@ -2155,7 +2155,7 @@ class _Leader:
         handed = self._others.take()
         loop.fanout.take(0, handed)
         loop.fanout.flush(self.streams)
-        loop.inbox.look = _yes       # until it is clear who serves
+        loop.inbox.look = _yes  # until it is clear who serves
         self._part_all('another process took the path')
         self._others.close()
         self._door.close()
@@ -3099,14 +3099,15 @@ class _Source:
         return _chunks(block)
 
 
-def _check_peer(sock, path):
-    """Who the peer is; raises PermissionError unless it may be one."""
+def _check_peer(sock, path, log):
+    """Who the peer is; a PermissionError, and a line of log: it may not."""
     who, uid = _peer(sock)
     trusted = {0, os.geteuid()}
     if os.geteuid() == 0:       # who only follows: see _Lock
         trusted.add(os.stat(os.path.dirname(path)).st_uid)
     if uid not in trusted:
-        raise PermissionError(errno.EPERM, 'not trusted', who)
+        log.stranger(who, 'not trusted')
+        raise PermissionError
     return who
 
 
@@ -3218,15 +3219,13 @@ class _Follower:
         try:
             sock.setblocking(False)
             sock.connect(self._relay_path)
-            who = _check_peer(sock, self._relay_path)
+            who = _check_peer(sock, self._relay_path, loop.log)
             sock.send(_HELLO + b'\n', socket.MSG_NOSIGNAL)
             self._uplink.sock, self._uplink.who = sock, 'the leader, ' + who
             loop.fanout.watch(self._uplink)
         except OSError as reason:
             self._uplink.sock = None
-            _close(sock)
-            if reason.errno == errno.EPERM:
-                loop.log.stranger(reason.filename, reason.strerror)
+            sock.close()
             if reason.errno == errno.ENOENT and loop.retry.for_long():
                 # A leader that has lost its relay does not notice while there
                 # is nothing to do. So knock; not sooner than it would look,
@@ -3271,7 +3270,7 @@ class _Follower:
         if not uplink.greeted:
             loop.log.serves('relayed to ' + uplink.who, anew=False)
             if not look():
-                uplink.forget(loop.fanout.backlog)   # nobody is owed it
+                uplink.forget(loop.fanout.backlog)    # nobody is owed it
         self._look_at(look)
         self._presence = presence
         old, self._passed = self._passed, _Bound(loop.settings.path, sock,
@@ -3345,7 +3344,7 @@ class _Relay:
         self._path = loop.path
         self._presence = loop.files.own(_Event)
         self._shown = False     # whether it is set
-        self.sources = {}      # an ordered set
+        self.sources = {}       # an ordered set
         self._handed = []       # chunks
         self._listener = None   # the subscribers', which is passed
         self._patience = _PATIENCE  # how often more it waits for readers
@@ -3388,13 +3387,12 @@ class _Relay:
         files.watch(sock, self._on_relay)
 
     def _welcome(self, sock):
+        loop = self._loop
         try:
-            source = _Source(sock, _check_peer(sock, self._loop.settings.path))
-            self._loop.files.watch(
-                sock, functools.partial(self._on_source, source))
-        except OSError as error:
-            if error.errno == errno.EPERM:
-                self._loop.log.stranger(error.filename, error.strerror)
+            source = _Source(sock, _check_peer(
+                sock, loop.settings.path, loop.log))
+            loop.files.watch(sock, functools.partial(self._on_source, source))
+        except OSError:
             _hang_up(sock)
             return
         self.sources[source] = None
@@ -3629,8 +3627,8 @@ class _Gap:
     def refused(self, reason):
         self._refusal = 'refused: ' + reason
 
-    def connected(self, now):
-        self._at = self._seen_until = now
+    def connected(self):
+        self._at = self._seen_until = time.monotonic()
         self._refusal = None
 
     def begin(self, reason):
@@ -3638,8 +3636,8 @@ class _Gap:
         self._since = self._since if self else self._seen_until
         self._reason = self._refusal or reason
 
-    def ends_at(self):
-        """When, if nothing comes by then: see is_over()."""
+    def lasts_at(self):
+        """From when on the connection has lasted: see is_over()."""
         return self._at + _Backoff.MAX
 
     def is_over(self, first):
@@ -3649,7 +3647,7 @@ class _Gap:
         then the gap goes on.
         """
         if first is None:
-            return time.monotonic() >= self.ends_at()
+            return time.monotonic() >= self.lasts_at()
         return (_decode(first) or {}).get('event_type') != _REFUSED
 
     def line(self):
@@ -3686,7 +3684,6 @@ class _Subscription(abc.Iterator):
         self._max_line = max_line
         self.closed = False     # for good: no more will come
         self._reading = threading.Lock()    # by who reads, or disconnects
-        self._since = 0         # time.monotonic() when it connected
         self._gap = _Gap()
         # That came and were not taken; None for the record of a gap.
         self._lines = collections.deque()
@@ -3753,7 +3750,7 @@ class _Subscription(abc.Iterator):
         if sock is None:
             until = min(deadline, self._retry.at)
         elif self._gap and not paused:
-            until = min(deadline, self._gap.ends_at())
+            until = min(deadline, self._gap.lasts_at())
         sock = None if paused else sock
         ready, waited = _select(until, self._waker, sock)
         if sock is not None and (sock not in ready or waited > _WAITED):
@@ -3782,8 +3779,7 @@ class _Subscription(abc.Iterator):
             self._retry.fail()
             self.log.once(logging.INFO, 'waiting for it: %s', error.strerror)
             return
-        self._since = time.monotonic()
-        self._gap.connected(self._since)
+        self._gap.connected()
         self.log.once(logging.INFO, 'connected')
 
     def _receive(self):
@@ -3803,7 +3799,7 @@ class _Subscription(abc.Iterator):
         if not self._reconnect:
             self.closed = True
         # Unless it refuses us: it must not be asked, nor be logged, for ever.
-        if time.monotonic() - self._since > _Backoff.MAX:
+        if time.monotonic() > self._gap.lasts_at():
             self._retry.clear()
             self.log.lasted()
         self._retry.fail()
@@ -3837,8 +3833,9 @@ class _Subscription(abc.Iterator):
         if event_type == _LOST:
             self.log.lost(payload)
         elif event_type == _REFUSED:
-            self._gap.refused(_reason(payload))
-            self.log.refused(_reason(payload))
+            reason = _reason(payload)
+            self._gap.refused(reason)
+            self.log.refused(reason)
         return message
 
 

@@ -235,12 +235,12 @@ def as_uid(uid):
 
 
 @contextlib.contextmanager
-def no_descriptors():
-    """Let the process open no file until it has closed one."""
+def no_descriptors(spare=0):
+    """Let the process open no file, or so many, until it has closed one."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     lowest = os.dup(0)
     os.close(lowest)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + spare, limits[1]))
     try:
         yield
     finally:
@@ -477,7 +477,7 @@ class SteppedHub(unix_notifier._Hub):
         setattr(owner, last, hooked)
         return functools.partial(setattr, owner, last, method)
 
-    on_accept = functools.partialmethod(_hook, 'loop.role._let_in')
+    on_accept = functools.partialmethod(_hook, 'loop.role.let_in')
     on_close_listener = functools.partialmethod(_hook, 'loop.path.free')
     on_flush = functools.partialmethod(_hook, 'loop.fanout.flush')
     on_work = functools.partialmethod(_hook, 'loop.inbox.count')
@@ -3782,7 +3782,8 @@ class SteppedRelayHub(SteppedHub):
     roles = unix_notifier._Follower, unix_notifier._Relay
     half_sent = inside('loop.role._uplink.offset')   # bytes of a line
     follows = property(
-        lambda self: not self.leads and self.loop.role._uplink.greeted)
+        lambda self: not self.leads and self.loop.role._uplink.greeted
+        and self.loop.role._estate is None)
     leads = property(lambda self: self.served)
     passed = inside('loop.role._passed.sock')
     presence = inside('loop.role._presence')
@@ -3808,6 +3809,10 @@ class SteppedRelayHub(SteppedHub):
     def uplink_ends(self):
         self.loop.fanout.part(self.loop.role._uplink, 'a test')
         self.turn()
+
+    def sources(self):
+        """The followers, as the leader sees them."""
+        return list(self.loop.role._others.sources)
 
 
 class RelayCase(HubCase):
@@ -4109,6 +4114,355 @@ class RelayLoadTest(RelayCase):
                          naps.count(unix_notifier._GIVE_WAY))
         self.pump(leader, client, 60)
         self.assertTrue(lost(client.messages))
+
+
+class RelayHeirTest(RelayCase):
+
+    """Relay: a leader that leaves hands on what it has."""
+
+    def setUp(self):
+        super().setUp()
+        # A busy machine is not what is tried.
+        self.patch('_ANSWER_TIME', WAIT)
+        self.patch('_EXIT_TIME', 2 * WAIT)
+
+    def leave(self, leader, *others, each_time=lambda: None):
+        """Have it leave; the others take a turn whenever it waits for one.
+
+        :param each_time: called after that
+        :returns: how often it waited
+        """
+        naps, sleep = [], time.sleep
+
+        def nap(seconds):
+            if seconds != unix_notifier._GIVE_WAY:
+                sleep(seconds)      # the loop rests
+                return
+            naps.append(seconds)
+            self.step(*others)
+            each_time()
+
+        with fixtures.MonkeyPatch('time.sleep', nap):
+            leader.finish()
+        return len(naps)
+
+    def clog(self, leader):
+        """A client that is owed most of what the leader emitted."""
+        client = self.connect(leader)
+        self.emit(leader, range(3), size=2 ** 20)
+        leader.turn()
+        return client
+
+    def assertAccount(self, hub, total, *clients):
+        for each in clients:
+            self.pump(hub, each, total)
+            self.assertFalse(each.ended)
+
+    def assertEndedOrServed(self, client, total, hub):
+        """Lines in their place; then the end, or all there is."""
+        def done():
+            hub.turn()
+            return client.ended or account(client.read()) == total
+
+        wait_until(done)
+        self.assertLessEqual(account(client.messages), total)
+
+    def test_subscribers_notice_nothing(self):
+        leader, heir = self.make_pair()
+        other = self.make_newcomer(leader.settings)
+        slow = self.clog(leader)
+        half, quick = Client(self.path), self.connect()
+        self.addCleanup(half.sock.close)
+        half.sock.shutdown(socket.SHUT_WR)
+        self.step(leader, heir, other)
+        wait_until(lambda: self.step(leader, heir, other) or other.follows)
+        leader.turn()   # has heard of it
+        # Of each: on its way, queued, and owed in part.
+        self.emit(heir, range(3, 5), size=2 ** 18)
+        self.step(heir)
+        self.emit(heir, range(5, 7))
+        self.emit(leader, range(50, 52))
+        self.leave(leader, other)       # the newest, so it is the heir
+        other.turn()
+        self.assertLogged('handed on to pid %d, 3 subscribers' % os.getpid(),
+                          2)
+        self.assertNotIn('parted', self.log.output)
+        wait_until(lambda: self.step(other, heir) or heir.follows)
+        self.assertTrue(other.leads)
+        self.emit(other, range(60, 62))
+        late = self.connect(other)
+        self.emit(heir, range(70, 72))
+        self.step(heir, other)
+
+        def whole(client, *expected):
+            """Each publisher's, in its order."""
+            self.step(heir, other)
+            numbers = [each['payload']['n'] for each in client.read()]
+            return sorted(numbers, key=lambda each: (
+                each >= 50) + (each >= 60)) == list(expected)
+
+        wait_until(lambda: whole(slow, *range(7), 50, 51, 60, 61, 70, 71))
+        for each in (half, quick):
+            wait_until(lambda: whole(each, *range(3, 7), 50, 51, 60, 61,
+                                     70, 71))
+        wait_until(lambda: self.step(heir, other) or [
+            each['payload']['n'] for each in late.read()][-2:] == [70, 71])
+        self.assertFalse(any(each.ended for each in (
+            half, quick, slow, late)))
+        heir.finish()
+        other.turn()
+        other.finish()
+        self.assertLogged(', 13 lines, 0 lost; the service stops')
+        self.assertLogged(', 10 lines, 0 lost; the service stops', 2)
+
+    def test_what_is_owed_stays_what_it_was(self):
+        """A cursor anywhere, chunks of one's own, losses: all go on."""
+        for seed in range(200):
+            chance = random.Random(seed)
+            backlog = unix_notifier._Backlog(chance.choice((3000, 10 ** 6)))
+            streams, numbers = [], itertools.count()
+            for _ in range(chance.randrange(1, 30)):
+                if chance.random() < 0.3:
+                    streams.append(unix_notifier._Subscriber(
+                        FakeSocket(), backlog, 'pid 1'))
+                elif chance.random() < 0.2:
+                    backlog.append(b'', 0, chance.randrange(1, 9), 'a test')
+                else:
+                    backlog.extend([line(next(numbers)) for _ in range(
+                        chance.randrange(1, 9))])
+                for each in streams:
+                    each.sock.room = chance.choice((0, 0, 50, 500))
+                    if each.pending():
+                        each.flush()
+                        each.trim(backlog)
+            self.assertPassedOn(streams, backlog, chance.randrange(9))
+
+    def assertPassedOn(self, streams, backlog, ahead):
+        owed = b''.join(unix_notifier._owed(streams, backlog.tail, [1, 2, 3]))
+        header, _, data = owed.partition(b'\n')
+        _, chunks, told = json.loads(header)
+        ours = unix_notifier._Backlog(backlog.limit)
+        ours.append(b'x\n' * ahead, ahead)
+        estate = unix_notifier._Estate(mock.Mock(), self.path, None)
+        estate._chunks, estate._streams, estate._data = chunks, told, data
+        estate._socks = [FakeSocket() for _ in streams]
+        with mock.patch.object(
+                unix_notifier._Subscriber, 'lost_line', staticmethod(
+                    lambda lost, reason: b'%d %s\n' % (
+                        lost, reason.encode()))):
+            passed = list(estate.subscribers(ours.tail, ours))
+            for each in (*streams, *passed):
+                each.before = each.received(), each.lost
+                each.behind = backlog.behind(each.chunk) if (
+                    each in streams) else ours.behind(each.chunk)
+                each.sock.room, each.sock.data = 10 ** 9, bytearray()
+                while each.pending():
+                    each.flush()
+        for one, two in zip(streams, passed):
+            for name in ('before', 'behind', 'lost', 'lagging', 'who'):
+                self.assertEqual(getattr(one, name), getattr(two, name), name)
+            self.assertEqual(one.sock.data, two.sock.data)
+            self.assertEqual(one.received(), two.received())
+
+    def test_many_are_passed_a_few_at_a_time(self):
+        leader, heir = self.make_pair(sock_max_subscribers=200)
+        clients = [self.connect(leader) for _ in range(150)]
+        self.step(heir)
+        before = open_files()
+        self.leave(leader, heir)
+        heir.turn()
+        self.assertLogged('handed on to pid %d, 150' % os.getpid(), 2)
+        self.assertServed(heir, *clients)
+        self.assertLessEqual(len(open_files()), len(before))
+
+    def test_no_descriptor_is_left_by_those_who_lead_in_turn(self):
+        leader, heir = self.make_pair()
+        client = self.connect(leader)
+        files = []
+        for number in range(50):
+            heir.emit(numbered(number))
+            self.leave(leader, heir)
+            leader, heir = heir, self.make_newcomer(leader.settings)
+            wait_until(lambda: self.step(leader, heir) or heir.follows)
+            leader.turn()
+            if number % 10 == 9:
+                files.append(len(open_files()))
+        self.assertAccount(leader, 50, client)
+        self.assertEqual(1, len(set(files)), files)
+
+    def test_who_comes_meanwhile_misses_nothing(self):
+        leader, heir = self.make_pair()
+        self.connect(leader)
+        self.step(heir)
+        late = []
+
+        def come():
+            late.append(self.connect())
+            heir.emit(numbered(len(late) - 1))
+
+        naps = self.leave(leader, heir, each_time=come)
+        self.assertGreater(naps, 2)
+        self.step(heir)
+        for number, each in enumerate(late):
+            # What is on its way as it comes, it gets, too.
+            first = each.read()[0]['payload']['n']
+            self.assertLessEqual(first, number)
+            self.assertEqual(naps, account(each.messages, first))
+
+    def test_what_other_threads_emit_meanwhile_is_told_of(self):
+        leader, heir = self.make_pair()
+        client = self.connect(leader)
+        self.emit(leader, range(2))
+        numbers = itertools.count(2)
+        naps = self.leave(leader, heir, each_time=lambda: leader.emit(
+            numbered(next(numbers))))
+        # Those that came before it said yes were queued, as ever.
+        self.emit(heir, range(naps + 2, naps + 4))
+        self.assertAccount(heir, naps + 4, client)
+        self.assertEqual({'leader left'}, {
+            each['payload']['reason'] for each in client.messages
+            if each['event_type'] == 'notifications.lost'})
+
+    def fail_at(self, turns, fail):
+        """Have the heir fail after so many turns, with a third one there.
+
+        Both have to be waited for, or given up, in the time there really is.
+
+        :returns: whether it was that far; the third one, and a client
+        """
+        self.patch('_ANSWER_TIME', 0.1)
+        self.dir = self.useFixture(fixtures.TempDir()).path
+        self.path = os.path.join(self.dir, 's')
+        leader, other = self.make_pair()
+        heir = self.make_newcomer(leader.settings)
+        client = self.clog(leader)
+        wait_until(lambda: self.step(leader, heir) or heir.follows)
+        self.step(leader, other)
+        self.emit(heir, range(3, 5))
+        self.step(heir)
+        left = [turns]
+
+        def turn():
+            left[0] -= 1
+            if left[0] >= 0:
+                SteppedHub.turn(heir)
+            elif left[0] == -1:
+                fail(leader, heir)
+
+        leader.on_turn(before=client.read)
+        with mock.patch.object(heir, 'turn', turn):
+            self.leave(leader, heir)
+        return left[0] < 0, other, client
+
+    def assertGoesOn(self, client, *others):
+        """Who is left serves, and the stream is whole, up to its end."""
+        leader = self.settle(*others)
+        self.assertServed(leader, self.connect(leader))
+        while not client.ended:
+            client.receive()
+        account(client.messages)
+
+    def settle(self, *hubs):
+        return RelayPathTest.settle(self, *hubs)
+
+    def test_heir_that_is_killed_leaves_it_to_others(self):
+        for turns in itertools.count():
+            failed, other, client = self.fail_at(
+                turns, lambda _, heir: heir.die())
+            if not failed:
+                break
+            self.assertGoesOn(client, other)
+        self.assertEqual(3, turns)  # asked, then the lock, then streams
+
+    def test_heir_that_stops_is_passed_over(self):
+        for turns in range(3):
+            failed, other, client = self.fail_at(turns, lambda *_: None)
+            self.assertTrue(failed)
+            self.assertGoesOn(client, other)
+            self.assertEqual(5, account(client.messages))
+
+    def test_leader_that_is_killed_amid_it_takes_the_streams_along(self):
+        class Killed(BaseException):
+            pass
+
+        def kill(leader, heir):
+            heirs.append(heir)
+            leader.die()
+            raise Killed
+
+        def leave(*hubs):
+            self.assertRaises(Killed, RelayHeirTest.leave, self, *hubs)
+
+        heirs = []
+
+        for turns in range(3):
+            with mock.patch.object(self, 'leave', leave):
+                failed, other, client = self.fail_at(turns, kill)
+            self.assertTrue(failed)
+            self.assertGoesOn(client, other, heirs.pop())
+
+    def test_who_may_not_or_cannot_is_no_heir(self):
+        for change in (
+                lambda leader, heir: setattr(leader.sources()[0], 'uid', -1),
+                lambda leader, heir: setattr(heir.loop, 'closing', True),
+                lambda leader, heir: setattr(heir.loop, 'starves', True),
+                lambda leader, heir: os.unlink(self.path),
+                lambda leader, heir: self.useFixture(fixtures.MonkeyPatch(
+                    'os.memfd_create', mock.Mock(side_effect=OSError)))):
+            leader, heir = self.make_pair()
+            client = self.connect(leader)
+            self.step(heir)
+            change(leader, heir)
+            self.emit(leader, range(3))
+            began = time.monotonic()
+            self.leave(leader, heir)
+            self.assertLess(time.monotonic() - began, 1)
+            self.assertEqual(3, account(client.read()))
+            self.assertTrue(client.ended)
+            heir.die()
+        self.assertLogged('handed on', 0)
+
+    def test_heir_without_descriptors_to_spare_is_passed_over(self):
+        for spare in range(4):
+            leader, heir = self.make_pair()
+            client = self.connect(leader)
+            self.step(heir)
+
+            def turn():
+                with no_descriptors(spare):
+                    SteppedHub.turn(heir)
+
+            with mock.patch.object(heir, 'turn', turn):
+                self.leave(leader, heir)
+            self.assertIs(heir, self.settle(heir))
+            self.assertServed(heir, self.connect(heir))
+            self.assertNotEqual(bool(client.read()), client.ended)
+            heir.finish()
+
+    def test_heir_that_leaves_is_one_all_the_same_if_it_has_all(self):
+        leader, heir = self.make_pair()
+        client = self.connect(leader)
+        self.step(heir)
+        self.emit(leader, range(3))
+        self.leave(leader, heir)    # whose last word it has yet to hear
+        self.emit(heir, range(3, 5))
+        heir.finish()
+        self.assertEqual(5, account(client.read()))
+        self.assertTrue(client.ended)
+        self.assertLogged('handed on', 2)
+
+    def test_nonsense_from_a_leader_is_no_estate(self):
+        for data in (b'lost x', b'2', b'0', b'lost 1' * 9):
+            leader, heir = self.make_pair()
+            client = self.connect(leader)
+            self.step(heir)
+            with mock.patch('unix_notifier._Bequest._tell', lambda each, *_: (
+                    each._heir.send(data))):
+                self.leave(leader, heir)
+            self.assertTrue(client.read() or client.ended)
+            self.assertIs(heir, self.settle(heir))
+            self.assertServed(heir, self.connect(heir))
+            heir.finish()
 
 
 class RelayPathTest(RelayCase):

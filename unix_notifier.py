@@ -51,7 +51,8 @@ who has the turn   ``_Loop``, and all that it holds: ``_Log``, ``_Visits``,
                    with the ``_Backlog``, and the role: ``_Seeker``,
                    ``_Leader`` with ``_Door``, ``_Places`` and ``_Relay``,
                    or ``_Follower``. The role owns its streams, the
-                   ``_Subscriber`` of each or the ``_Uplink``
+                   ``_Subscriber`` of each or the ``_Uplink``; what it is
+                   passed, an ``_Estate``, and what it passes, a ``_Bequest``
 any reader         ``_Subscription``, ``_Listener``: a lock, or one thread
 =================  ========================================================
 
@@ -763,6 +764,17 @@ class _Lock:
         except OSError:     # others have closed the number
             return False
 
+    def adopt(self, fd):
+        """Hold what another process did: a flock belongs to the open file."""
+        self.fd = fd
+        return self
+
+    def free(self):
+        """Give it up, even if one that was to be the heir holds it open."""
+        if self.fd is not None:
+            with contextlib.suppress(OSError):  # others have closed it
+                fcntl.flock(self.fd, fcntl.LOCK_UN)
+
     def close(self):
         """Only close: LOCK_UN in a forked child would free the parent's."""
         with _no_fork():    # a child would close what has the number by then
@@ -1391,6 +1403,16 @@ class _Inbox:
         self._drops_read = drops + 1    # for we count, too
         return due
 
+    def freeze(self):
+        """Queue nothing more: what comes is counted, until the next turn."""
+        self.room = 0
+
+    def left(self):
+        """How many came and will not be sent from here, as of now."""
+        due = self.count()
+        return self.lost + sum(
+            line is not None for line in itertools.islice(self.lines, due))
+
     def take(self, due):
         """Yield what is due, in batches.
 
@@ -1840,10 +1862,10 @@ class _Path:
             bound.unlink()
         _close(bound.sock)
 
-    def give_up(self):
-        """Leave it to whoever can have it."""
+    def give_up(self, keep=False):
+        """Leave it to whoever can have it, or to who has it: see free()."""
         for suffix in list(self.bound):
-            self.free(suffix)
+            self.free(suffix, keep)
         self.lock.close()
 
 
@@ -1982,7 +2004,7 @@ class _Alone:
         pass
 
     announce = look_after = show = take = _nothing
-    followed = give_time = cut_off = close = _nothing
+    followed = give_time = hand_on = cut_off = close = _nothing
 
 
 class _Seeker:
@@ -2002,7 +2024,7 @@ class _Seeker:
         self._loop.inbox.look = _no
 
     take = accept = settle = hear = _nothing
-    intact = cut_off = last_call = close = _nothing
+    intact = hand_on = cut_off = last_call = close = _nothing
 
 
 class _Leader:
@@ -2020,17 +2042,18 @@ class _Leader:
         self._followed = False  # others go on with the listener
 
     @classmethod
-    def claim(cls, loop, inherit=bool, start=None):
+    def claim(cls, loop, inherit=bool, start=None, take=_Path.take):
         """Lead from now on, or raise OSError, and leave it to others.
 
         :param inherit: what gives the last leader's listener, if we have it
         :param start: a stream, from whose cursor those begin who wait
+        :param take: what gives the path its lock
         """
         if loop.starves:
             # Everybody else on the path would be silent while it stands still.
             raise PermissionError(
                 errno.EPERM, 'this process only follows', loop.settings.path)
-        loop.path.take()
+        take(loop.path)
         try:
             leader = cls(loop, start)
             leader._serve(inherit() or None)
@@ -2054,10 +2077,10 @@ class _Leader:
             if ours:
                 path.lock.write(path.bound.values())  # it is new
         if not ours:
-            self._let_in()      # who came before the path was taken away
+            self.let_in()       # who came before the path was taken away
             self._serve()
         if self._door.locked:
-            self._let_in()
+            self.let_in()
         self._others.look_after()
         return self
 
@@ -2087,9 +2110,10 @@ class _Leader:
     def accept(self):
         """Let in who waits, looked at now, whatever was reported before."""
         if not self._door.locked and (self._start or self._look()):
-            self._let_in()
+            self.let_in()
 
-    def _let_in(self):
+    def let_in(self):
+        """Let in who waits, or raise OSError."""
         self._open(True)    # before the first: see _Inbox
         self._places.swept = False
         for sock in self._door.come():
@@ -2108,10 +2132,20 @@ class _Leader:
                               % self._loop.settings.max_subscribers)
         else:
             self._places.give(subscriber)
-            try:
-                self._loop.fanout.watch(subscriber)
-            except OSError as error:    # there is a limit of what is watched
-                self._places.clear(subscriber, error.strerror)
+            self._watch(subscriber)
+
+    def _watch(self, subscriber):
+        try:
+            self._loop.fanout.watch(subscriber)
+        except OSError as error:    # there is a limit of what is watched
+            self._places.clear(subscriber, error.strerror)
+
+    def go_on_with(self, subscribers):
+        """Serve those of the last leader."""
+        self._open(True)    # before a follower is told that we lead
+        for each in subscribers:
+            self.streams[each] = None
+            self._watch(each)
 
     def see_off(self, subscriber):
         self._places.clear(subscriber, subscriber.ended)
@@ -2171,6 +2205,19 @@ class _Leader:
         for subscriber in list(self.streams):
             self._places.clear(subscriber, reason)
 
+    def hand_on(self, until):
+        """Whether another process goes on with all that there is."""
+        return self.streams and self._others.hand_on(self, until)
+
+    def let_go(self):
+        """Close what is another process's by now, without ending anything."""
+        for each in self.streams:
+            self._loop.files.unwatch(each.sock)
+            each.sock.close()
+        self._others.close()
+        self._door.close()
+        self._path.give_up(keep=True)
+
     def cut_off(self):
         """Let nobody in who is not there yet."""
         self._loop.retry.clear()
@@ -2189,6 +2236,7 @@ class _Leader:
         self._loop.visits.tell()
         self._path.free('', self._followed)
         self._others.close()
+        self._path.lock.free()
 
 
 class _Places:
@@ -2654,6 +2702,9 @@ class _Hub:
         loop = self.loop
         with loop.turn.taken():
             loop.open()
+            if loop.role.hand_on(time.monotonic() + _EXIT_TIME / 2):
+                loop.files.close()
+                return
             loop.role.cut_off()
         loop.step(0)
         accounted = loop.fanout.backlog.tail.first
@@ -2942,7 +2993,26 @@ class UnixDriver(notifier.Driver):
 # taken in is lost, and who waits by then sees the end of the stream, as those
 # do whom it had accepted.
 
-_HELLO = b'unix-notifier relay 1'
+#
+# A leader that leaves in good order asks its followers for an heir, and
+# passes each who could be one a channel of its own. The first to answer is
+# passed everything: the lock, for a flock belongs to the open file and so is
+# never free; the relay, at which the other followers wait; what subscribers
+# are owed; and they. Each message is answered. Until the last, which bears
+# how much the leader dropped meanwhile, all is the leader's, and the heir
+# touches nothing: if either ends before that, all goes on as without an heir.
+# With it, all is the heir's. What it has itself goes behind what is owed.
+
+_HELLO = b'unix-notifier relay 2'
+_ASK = _HELLO + b' heir?\n'
+_YES = b'yes'
+
+# Followers that are asked, the newest, which are not the next to leave;
+# seconds in which they answer; and descriptors in a message: the kernel takes
+# 253 at a time, and of a user as many as one process may have open.
+_ASKED_MAX = 16
+_ANSWER_TIME = 0.1
+_PASSED_MAX = 64
 
 # How often a leader, far ahead of all subscribers, gives way to them: 1 to 2
 # ms, in which a reader takes megabytes, and which a stopped one costs once.
@@ -2952,6 +3022,9 @@ _PATIENCE = 20
 _WELCOME = re.compile(_HELLO + rb' \[(\d+), (\d+), (\d+)\]\n')
 _LOSSES = re.compile(rb'^(?:-\d{1,18} [ -~]{0,80}\n)++', re.MULTILINE)
 _LOSS = re.compile(rb'-(\d+) (.*)\n')
+
+# What a leader says last to its heir.
+_LAST = re.compile(rb'lost (\d{1,18})')
 
 # Places at which what a follower sends at a time may have records, which take
 # 40 us each. Who drops lines takes a turn between two, so there are fewer.
@@ -3028,6 +3101,17 @@ class _Uplink(_Subscriber):
             chunk.data = b'' if chunk.lost else chunk.data
             chunk = chunk.next
 
+    def precede(self, lost, reason):
+        """Have a record, if any were lost, go ahead of what is to be sent."""
+        chunk = self.chunk
+        if self.offset:
+            chunk = chunk.next.preceded(
+                chunk.first + chunk.data.count(b'\n', 0, self.offset),
+                chunk.data[self.offset:], 0, None)
+        if lost:
+            chunk = chunk.preceded(chunk.first - lost, b'', lost, reason)
+        self.chunk, self.offset = chunk, 0
+
     def forget(self, backlog):
         """Owe nothing: nobody is there to whom it could go."""
         self.chunk, self.offset = backlog.tail, 0
@@ -3074,10 +3158,11 @@ class _Source:
 
     alive = _Subscriber.alive
 
-    def __init__(self, sock, who):
+    def __init__(self, sock, who, uid):
         self.sock = sock
         self.who = who
-        self._greeted = False
+        self.uid = uid
+        self.greeted = False
         self._buffer = _LineBuffer()
 
     def read(self):
@@ -3090,17 +3175,17 @@ class _Source:
         block = self._buffer.receive(self.sock)
         if self._buffer.too_long():
             raise ValueError('a line of more than %d bytes' % _LINE_MAX)
-        if not self._greeted:   # which comes in one piece, as it was sent
+        if not self.greeted:    # which comes in one piece, as it was sent
             hello, _, block = block.partition(b'\n')
             if hello != _HELLO:
                 raise ValueError('%r is not the protocol %r' % (
                     hello[:80], _HELLO))
-            self._greeted = True
+            self.greeted = True
         return _chunks(block)
 
 
 def _check_peer(sock, path, log):
-    """Who the peer is; a PermissionError, and a line of log: it may not."""
+    """Who it is, as _peer(); a PermissionError, and a line of log: no."""
     who, uid = _peer(sock)
     trusted = {0, os.geteuid()}
     if os.geteuid() == 0:       # who only follows: see _Lock
@@ -3108,23 +3193,31 @@ def _check_peer(sock, path, log):
     if uid not in trusted:
         log.stranger(who, 'not trusted')
         raise PermissionError
-    return who
+    return who, uid
 
 
-def _read_hello(sock, own):
-    """The identity of a listener, the listener, and the presence.
+def _receive(sock, most):
+    """A message, and what descriptors come with it; during no fork."""
+    # Not recv_fds(), which leaves them to whoever is started meanwhile.
+    data, passed, _, _ = sock.recvmsg(
+        4096, socket.CMSG_LEN(most * 4), socket.MSG_CMSG_CLOEXEC)
+    return data, [fd for _, _, each in passed
+                  for fd, in struct.iter_unpack('i', each)]
 
-    A ValueError: it is no hello that comes. An OSError: nothing does.
+
+def _read_leader(sock, own):
+    """What a leader says. A hello: identity of a listener, it, the presence.
+
+    It asks for an heir: the channel; nothing if we are out of descriptors.
+    A ValueError: it is neither that comes. An OSError: nothing does.
     """
     with _no_fork():
-        # Not recv_fds(), which leaves them to whoever is started meanwhile.
-        data, passed, _, _ = sock.recvmsg(
-            4096, socket.CMSG_LEN(2 * 4), socket.MSG_CMSG_CLOEXEC)
-        fds = [fd for _, _, each in passed
-               for fd, in struct.iter_unpack('i', each)]
+        data, fds = _receive(sock, 2)
         hello = _WELCOME.fullmatch(data)
-        if hello and len(fds) == 2:
-            with contextlib.suppress(OSError):      # it is no socket
+        with contextlib.suppress(OSError):      # it is no socket
+            if data == _ASK and len(fds) < 2:
+                return [own(_unix_socket, fd) for fd in fds]
+            if hello and len(fds) == 2:
                 return (list(map(int, hello.groups())),
                         own(_unix_socket, fds[0]), own(_Event, fds[1]))
         for fd in fds:
@@ -3167,6 +3260,226 @@ def _inherit(passed, path, own):
     return passed
 
 
+# What is told of a subscriber beside its cursor.
+_CARRIED = 'who', 'uid', 'half_closed', 'discarded', 'lost', 'lagging'
+
+
+def _owed(streams, tail, identity):
+    """What an heir has to know of the streams, and what they are owed.
+
+    A line of JSON, and the data of all chunks, each once, whoever shares it.
+    Positions are told from the tail, for each process has a count of its own.
+
+    :param identity: of the relay
+    """
+    places, chunks = {tail: None}, []
+    for stream in streams:
+        chunk = stream.chunk
+        while chunk not in places:
+            places[chunk] = len(chunks)
+            chunks.append(chunk)
+            chunk = chunk.next
+    yield json.dumps([identity, [
+        (len(each.data), each.lost, each.reason, tail.start - each.start,
+         tail.first - each.first, places[each.next]) for each in chunks
+    ], [
+        (places[each.chunk], each.offset, each.received(),
+         {name: getattr(each, name) for name in _CARRIED})
+        for each in streams]]).encode() + b'\n'
+    yield from (each.data for each in chunks)
+
+
+def _inherited(owed, data, tail):
+    """The chunks that _owed() told of, by place, ahead of this tail."""
+    chunks, start = {None: tail}, 0
+    for place, (size, lost, reason, behind, count, _) in enumerate(owed):
+        chunk = chunks[place] = _Chunk(tail.start - behind, tail.first - count)
+        chunk.data, start = data[start:start + size], start + size
+        chunk.lost, chunk.reason = lost, reason
+    for place, (*_, following) in enumerate(owed):
+        chunks[place].next = chunks[following]
+    return chunks
+
+
+def _first_answer(channels, until):
+    """Which of them answers first, until time.monotonic(); or None."""
+    asked = list(channels)
+    while asked and time.monotonic() < until:
+        for each in list(asked):
+            try:
+                if each.recv(16):
+                    return each
+            except BlockingIOError:
+                continue
+            except OSError:
+                pass
+            asked.remove(each)      # it has hung up
+        time.sleep(_GIVE_WAY)
+    return None
+
+
+class _Bequest:
+    """What a leader that leaves hands on, as it does: see the top."""
+
+    def __init__(self, loop, until):
+        self._loop = loop
+        self._until = until     # time.monotonic()
+        self._heir = None       # the channel to it
+
+    def ask(self, sources):
+        """Which of the followers will be the heir; None: nobody."""
+        asked = {}
+        for source in list(sources)[:-_ASKED_MAX - 1:-1]:
+            # Another uid may not remove what we bound.
+            if source.greeted and source.uid == os.geteuid():
+                with contextlib.suppress(OSError):
+                    asked[self._invite(source)] = source
+        self._heir = _first_answer(asked, self._soon())
+        for each in asked:
+            if each is not self._heir:
+                each.close()
+        return asked.get(self._heir)
+
+    def _soon(self):
+        return min(time.monotonic() + _ANSWER_TIME, self._until)
+
+    def _invite(self, source):
+        """The channel on which it may answer."""
+        with _no_fork():
+            ours, theirs = [
+                self._loop.files.own(lambda each=each: each)
+                for each in socket.socketpair(
+                    socket.AF_UNIX, socket.SOCK_SEQPACKET)]
+        with theirs:
+            ours.setblocking(False)
+            theirs.setblocking(False)   # there, too: it is the same file
+            socket.send_fds(source.sock, [_ASK], [theirs.fileno()],
+                            socket.MSG_NOSIGNAL)
+        return ours
+
+    def pass_on(self, leader, handed):
+        """Pass everything; an OSError: it is still ours.
+
+        As in a turn: what is due, then who has come, for they get it, too.
+        """
+        inbox, fanout = self._loop.inbox, self._loop.fanout
+        with self._heir:
+            due = inbox.count()
+            leader.let_in()
+            fanout.take(due, handed)
+            inbox.freeze()
+            for each in [each for each in leader.streams if each.ended]:
+                leader.see_off(each)
+            self._pass(list(leader.streams), self._loop.path)
+            inbox.look = _no
+            self._heir.send(b'lost %d' % inbox.left(), socket.MSG_NOSIGNAL)
+
+    def _pass(self, streams, path):
+        relay = path.bound['.relay']
+        with open(os.memfd_create('unix-notifier'), 'wb') as file:
+            file.writelines(_owed(
+                streams, self._loop.fanout.backlog.tail, relay.identity))
+            file.flush()
+            self._tell(file, path.lock, relay.sock)
+        for start in range(0, len(streams), _PASSED_MAX):
+            self._tell(*(each.sock for each
+                         in streams[start:start + _PASSED_MAX]))
+
+    def _tell(self, *files):
+        """Pass these, and wait for the answer; or raise OSError."""
+        socket.send_fds(self._heir, [b'%d' % len(files)],
+                        [each.fileno() for each in files],
+                        socket.MSG_NOSIGNAL)
+        if _first_answer([self._heir], self._soon()) is None:
+            raise TimeoutError
+
+
+class _Estate:
+    """What a leader that leaves hands on, as its heir receives it."""
+
+    def __init__(self, channel, path, own):
+        self.channel = channel
+        self._path = path
+        self._own = own
+        self._lock = _Lock(path + '.lock')
+        self._relay = None
+        self._chunks = self._streams = None     # what _owed() told of them
+        self._data = b''
+        self._socks = []        # of the streams
+        self.lost = None        # by the leader meanwhile, once all is ours
+
+    def is_ours(self):
+        return self.lost is not None
+
+    def answer(self):
+        with contextlib.suppress(OSError):  # the end of it is read next
+            self.channel.send(_YES, socket.MSG_NOSIGNAL)
+
+    def receive(self):
+        """Take in what is passed, and answer, but to the last word.
+
+        An OSError or ValueError: nothing will come of it.
+        """
+        with _no_fork():
+            data, fds = _receive(self.channel, _PASSED_MAX)
+            if data == b'%d' % len(fds):
+                self._take_in(*fds)
+                self.answer()
+                return
+            for fd in fds:      # the others did not find room here
+                os.close(fd)
+        last = _LAST.fullmatch(data)
+        if not (last and self._streams is not None
+                and len(self._socks) == len(self._streams)):
+            raise ValueError    # or it is the end
+        self.lost = int(last[1])
+
+    def _take_in(self, *fds):
+        if self._chunks is not None:
+            self._socks += [self._own(_unix_socket, fd) for fd in fds]
+            return
+        file, lock, relay = fds
+        with open(file, 'rb') as memory:
+            memory.seek(0)
+            identity, self._chunks, self._streams = json.loads(
+                memory.readline())
+            self._data = memory.read()
+        sock = self._own(_unix_socket, relay)
+        self._relay = _Bound(self._path + '.relay', sock, identity)
+        self._own(self._lock.adopt, lock)
+        if not self._lock.intact():
+            raise ValueError
+        sock.listen(_BACKLOG)   # so that it is we whom they follow
+
+    def move_to(self, path):
+        """Have the path's lock and relay from here: as _Path.take()."""
+        path.lock.close()
+        path.lock, self._lock = self._lock, path.lock
+        path.put(self._relay, '.relay')
+        self._relay = None
+        with contextlib.suppress(OSError):  # full; all but the pid is there
+            path.lock.write(())
+
+    def subscribers(self, tail, backlog):
+        """Those that were passed, at what they are owed, ahead of a chunk."""
+        chunks = _inherited(self._chunks, self._data, tail)
+        while self._socks:
+            place, offset, received, carried = self._streams.pop(0)
+            start = types.SimpleNamespace(chunk=chunks[place], offset=offset)
+            each = _Subscriber(self._socks.pop(0), backlog, None, start=start)
+            vars(each).update(carried)
+            each.joined -= received + each.lost
+            yield each
+
+    def close(self):
+        """Leave it to the leader: nothing is ended, nor unlocked."""
+        self.channel.close()
+        self._lock.close()
+        for each in (self._relay and self._relay.sock, *self._socks):
+            if each is not None:
+                each.close()
+
+
 class _Follower:
     """Who sends to the leader, or looks for one. Its stream: the uplink."""
 
@@ -3177,6 +3490,7 @@ class _Follower:
         self.streams = {self._uplink: None}
         self._left_by = None    # the leader that hung up last
         self._hasty = _Backoff()    # from one that does so again, at once
+        self._estate = None     # what a leader that leaves hands on to us
         self._passed = None     # the leader's listener, by hello
         self._presence = None   # the leader's, by hello
         self._look_at(_yes)     # until it is clear who serves
@@ -3186,6 +3500,8 @@ class _Follower:
 
     def look_after(self):
         loop, uplink = self._loop, self._uplink
+        if self._estate is not None:
+            return self._succeed() if self._estate.is_ours() else self
         if uplink.sock is None:
             try:
                 leader = _Leader.claim(loop, functools.partial(
@@ -3219,7 +3535,7 @@ class _Follower:
         try:
             sock.setblocking(False)
             sock.connect(self._relay_path)
-            who = _check_peer(sock, self._relay_path, loop.log)
+            who, _ = _check_peer(sock, self._relay_path, loop.log)
             sock.send(_HELLO + b'\n', socket.MSG_NOSIGNAL)
             self._uplink.sock, self._uplink.who = sock, 'the leader, ' + who
             loop.fanout.watch(self._uplink)
@@ -3245,7 +3561,7 @@ class _Follower:
         look = self._look
         self._look_at(_yes)
         try:
-            hello = _read_hello(self._uplink.sock, self._loop.files.own)
+            said = _read_leader(self._uplink.sock, self._loop.files.own)
         except BlockingIOError:     # see _Event.clear()
             self._look_at(look)
             return None
@@ -3254,8 +3570,74 @@ class _Follower:
         except ValueError as error:
             self._loop.log.stranger(self._uplink.who, error)
             return 'it is gone'
-        self._greeted(*hello)
+        if len(said) == 3:
+            self._greeted(*said)
+        else:
+            self._look_at(look)
+            for channel in said:
+                self._answer(channel)
         return None
+
+    def _answer(self, channel):
+        """Say that we would be the leader's heir, if so it is.
+
+        Not who leaves, nor who has no loop: a channel that is closed says so.
+        """
+        loop = self._loop
+        if self._estate or loop.closing or loop.starves or (
+                not self._uplink.greeted):
+            channel.close()
+            return
+        self._estate = _Estate(channel, loop.settings.path, loop.files.own)
+        loop.files.watch(channel, self._on_estate)
+        self._estate.answer()
+
+    def _on_estate(self, _mask=0):
+        """Take in what comes of it, until it is ours, or will not be."""
+        estate, loop = self._estate, self._loop
+        try:
+            if estate is not None and not estate.is_ours():
+                estate.receive()
+        except BlockingIOError:     # see _Event.clear()
+            return
+        except (OSError, ValueError):
+            loop.files.unwatch(estate.channel)
+            estate.close()
+            self._estate = None
+        if not (self._uplink.greeted and self._estate):
+            loop.retry.at = time.monotonic()    # look_after(), at once
+
+    def _succeed(self):
+        """Lead, with all that the last leader had."""
+        estate, self._estate = self._estate, None
+        loop, uplink = self._loop, self._uplink
+        loop.files.unwatch(estate.channel)
+        if uplink.sock is not None:
+            self.see_off(uplink)
+        uplink.precede(estate.lost, 'leader left')
+        try:
+            leader = _Leader.claim(loop, lambda: self._passed, uplink,
+                                   estate.move_to)
+            leader.go_on_with(estate.subscribers(
+                uplink.chunk, loop.fanout.backlog))
+        finally:
+            estate.close()
+        del uplink.listen   # see look_after()
+        loop.log.say(logging.INFO, 'handed on to pid %d, %d subscribers',
+                     loop.pid, len(leader.streams))
+        return leader
+
+    def hand_on(self, until):
+        """Who leaves is nobody's heir; if it is one already, it hands on."""
+        if self._estate is None:
+            return False
+        # What is sent from here on fails, and what was sent can be read.
+        self._estate.channel.shutdown(socket.SHUT_RD)
+        while self._estate is not None and not self._estate.is_ours():
+            self._on_estate()
+        self._loop.look_after()
+        role = self._loop.role
+        return role is not self and role.hand_on(until)
 
     def _greeted(self, identity, sock, presence):
         loop, uplink = self._loop, self._uplink
@@ -3389,7 +3771,7 @@ class _Relay:
     def _welcome(self, sock):
         loop = self._loop
         try:
-            source = _Source(sock, _check_peer(
+            source = _Source(sock, *_check_peer(
                 sock, loop.settings.path, loop.log))
             loop.files.watch(sock, functools.partial(self._on_source, source))
         except OSError:
@@ -3453,14 +3835,32 @@ class _Relay:
             fanout.flush(streams)
         self._patience = _PATIENCE
 
+    def hand_on(self, leader, until):
+        """Whether an heir goes on with all, from now on."""
+        bequest = _Bequest(self._loop, until)
+        heir = leader.intact() and bequest.ask(self.sources)
+        if not heir:
+            return False
+        for each in self.sources:
+            self._drain(each)
+        try:
+            bequest.pass_on(leader, self.take())
+        except OSError:
+            return False    # what was sent up is in the backlog, for all
+        self._loop.visits.tell()
+        self._loop.log.say(logging.INFO, 'handed on to %s, %d subscribers',
+                           heir.who.partition(',')[0], len(leader.streams))
+        leader.let_go()
+        return True
+
     def followed(self):
         # Asked, for one that left just now is still among them.
         return any(each.alive() for each in self.sources)
 
     def cut_off(self):
         self._path.free('.relay')
-        for source in self.sources:
-            self._drain(source)
+        for each in self.sources:
+            self._drain(each)
 
     def _drain(self, source):
         """Take in what a follower has sent; what it sends next fails."""

@@ -35,7 +35,11 @@ import threading
 from testtools import content
 
 import base
+import unix_notifier
 
+LISTENER = (os.path.join(os.path.dirname(__file__), 'listener.py'),)
+# Of the tests in which workers lead. In a long run, 20000.
+REQUESTS = int(os.environ.get('RECYCLING_REQUESTS', 400))
 HERE = os.path.dirname(os.path.abspath(__file__))
 _CONFIG = """\
 [DEFAULT]
@@ -82,14 +86,6 @@ class _Connection(http.client.HTTPConnection):
         self.sock = socket.socket(family)
         self.sock.settimeout(self.timeout)
         self.sock.connect(self._address)
-
-
-class _Impatient(base.SocketSubscriber):
-
-    """Does not wait until the path is served."""
-
-    def _connect(self, path):
-        self.sock.connect(path)
 
 
 class ServerTestCase(base.FunctionalTestCase):
@@ -167,6 +163,10 @@ class ServerTestCase(base.FunctionalTestCase):
         self.assertEqual([], problems)
         return emitted
 
+    def _new_worker(self, before):
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            return self.request()[0].split('/')[0] not in before
+
     def pids(self):
         """The processes that have answered."""
         return {source.split('/')[0] for source in self.sources}
@@ -194,41 +194,66 @@ class ServerTestCase(base.FunctionalTestCase):
         self.assertEqual([], leader.troubles())
         return server
 
-    def check_leaders(self, *arguments, count=150, ends=2):
-        """Fail if more is lost than what ends with a leading worker.
+    def check_leaders(self, *arguments, reload=None):
+        """Fail if a subscriber notices that workers are recycled.
 
-        :param ends: how often at least the leader must have changed
+        :param reload: what to do to the server amid the requests
         """
-        self.serve(*arguments)
-        subscriber = self._follow()
-        ended = missed = 0
-        for _ in range(count):
-            emitted = self.request()
-            base.wait_until(lambda: subscriber.ended.is_set()
-                            or self._has(subscriber, emitted),
-                            lambda: '%r at %s' % (emitted, subscriber))
-            if subscriber.ended.is_set():
-                subscriber.join()
-                ended += 1
-                missed += not self._has(subscriber, emitted)
-                subscriber = self._follow()
-            self.assertEqual(0, subscriber.lost)
-        self.assertGreaterEqual(ended, ends)
-        # The one that was emitted as the leader ended.
-        self.assertLessEqual(missed, ended)
+        with open(self.config, 'a') as config:
+            config.write('sock_buffer_size = %d\n' % base.MIB)
+        server = self.serve(*arguments, WSGI_APP_PAD='4000')
+        base.wait_until(lambda: self.request() and os.path.exists(self.path),
+                        'it is served')
+        readers, stalled, listener = self._all_kinds()
+        before = listener.ask('heard')['received']
+        emitted = self.load(REQUESTS // 8)
+        if reload is not None:
+            reload(server)
+        emitted += self.load(REQUESTS // 8)
+        stalled.go()
+        for each in (*readers, stalled):
+            self._check_whole(each, set(emitted))
+        self.assertTrue(stalled.lost)
+        heard = base.wait_until(
+            lambda: (heard := listener.ask('heard'))['received'] >= before
+            + len(emitted) and heard, lambda: listener.ask('heard'))
+        self.assertEqual((heard['received'], 0, 0), (
+            heard['deliveries'], heard['lost'], heard['interrupted']))
+        with open(self.log) as log:
+            self.assertGreater(log.read().count('handed on to'), 8)
 
-    def _follow(self):
-        """Connect; a worker may serve only once it has emitted."""
-        def connected():
-            self.request()
-            with contextlib.suppress(OSError):
-                return _Impatient(self.path)
+    def _all_kinds(self):
+        """Subscribers that read, one that will, and a listener's process."""
+        nc = ['nc', '-U', self.path] if shutil.which('nc') else (
+            [*base.CAT, self.path])
+        readers = [self.client(each) for each in (
+            nc, nc, nc, [sys.executable, unix_notifier.__file__, self.path])]
+        half_closed, slow, stalled = (
+            self.subscribe(go=False) for _ in range(3))
+        half_closed.sock.shutdown(socket.SHUT_WR)
+        slow.size = 512
+        for each in (half_closed, slow):
+            each.go()
+            readers.append(each)
+        listener = self.publisher(is_open=False, program=LISTENER)
+        listener.ask('listen', url='unix://' + self.path)
+        base.wait_until(
+            lambda: self.request() and listener.ask('heard')['received']
+            and all(each.total for each in readers), 'all are connected')
+        return readers, stalled, listener
 
-        subscriber = base.wait_until(connected, 'connected')
-        self.addCleanup(self._check, subscriber)
-        self.addCleanup(subscriber.close)
-        subscriber.go()
-        return subscriber
+    def _check_whole(self, reader, emitted):
+        def missing():
+            return len(emitted - {
+                (each['payload'].get('source'), each['payload'].get('number'))
+                for each in list(reader.messages)})
+
+        base.wait_until(lambda: reader.ended.is_set()
+                        or missing() <= reader.lost,
+                        lambda: '%d missing at %s' % (missing(), reader))
+        self.assertFalse(reader.ended.is_set(), reader)
+        self.assertNotIn('notifications.interrupted', {
+            each['event_type'] for each in reader.messages})
 
     def _has(self, subscriber, emitted):
         return any((message['payload']['source'],
@@ -281,7 +306,18 @@ class UwsgiTest(ServerTestCase):
             count=20, pids=3)
 
     def test_workers_lead(self):
-        self.check_leaders(*self.uwsgi(processes=2))
+        def reload(server):
+            """As it has no worker for a moment, others lead meanwhile."""
+            other = self.publisher()
+            other.wait_log('relayed')
+            before = self.pids()
+            server.send_signal(signal.SIGHUP)
+            other.wait_log('handed on to pid %d' % other.pid)
+            base.wait_until(lambda: self._new_worker(before), 'new workers')
+            other.process.stdin.close()
+            other.wait_exit()
+
+        self.check_leaders(*self.uwsgi(), reload=reload)
 
     def test_monkey_patched_worker_beside_another(self):
         """Where no hub runs between requests it sends inside notify()."""
@@ -345,7 +381,9 @@ class GunicornTest(ServerTestCase):
                            workers=2), count=20, pids=3)
 
     def test_workers_lead(self):
-        self.check_leaders(*self.gunicorn(workers=2), count=100)
+        self.check_leaders(
+            *self.gunicorn('--preload'),
+            reload=lambda server: server.send_signal(signal.SIGHUP))
 
 
 class ModWsgiTest(ServerTestCase):

@@ -53,7 +53,8 @@ def emit():
     source = '%d/%s/%d' % (os.getpid(), interpreter, threading.get_ident())
     number = numbers[source] = numbers[source] + 1
     notifiers[number % len(notifiers)].info({}, 'test.event', {
-        'source': source, 'number': number, 'pad': ''})
+        'source': source, 'number': number,
+        'pad': 'x' * int(os.environ.get('WSGI_APP_PAD', 0))})
     return source, number
 
 

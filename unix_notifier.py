@@ -916,22 +916,20 @@ class _Chunk:
 
     __slots__ = ('data', 'lost', 'reason', 'start', 'first', 'next')
 
-    def __init__(self, start, first):
+    def __init__(self, start, first, data=b'', lost=0, reason=None,
+                 following=None):
         self.start = start  # bytes before it, since the backlog began
         self.first = first  # notifications before it, likewise
-        self.data = b''
+        self.data = data
         # Notifications that it, a record, stands for. Who sends it first
         # writes it: until then, it has no data.
-        self.lost = 0
-        self.reason = None      # why they were lost
-        self.next = None
+        self.lost = lost
+        self.reason = reason    # why they were lost
+        self.next = following
 
     def preceded(self, first, data, lost, reason):
         """A chunk that one subscriber alone sends, before this one."""
-        chunk = _Chunk(self.start, first)
-        chunk.data, chunk.lost, chunk.next = data, lost, self
-        chunk.reason = reason
-        return chunk
+        return _Chunk(self.start, first, data, lost, reason, self)
 
 
 class _Backlog:
@@ -2117,35 +2115,13 @@ class _Leader:
         self._open(True)    # before the first: see _Inbox
         self._places.swept = False
         for sock in self._door.come():
-            self._admit(sock)
-
-    def _admit(self, sock):
-        who, uid = _peer(sock)
-        subscriber = _Subscriber(sock, self._loop.fanout.backlog, who, uid,
-                                 self._start)
-        if not subscriber.alive():
-            self._places.give(subscriber)
-            self._places.clear(subscriber, 'it is gone')
-        elif not (self._places.free()
-                  or self._places.make_room(uid, self._door.tell_why)):
-            self._door.refuse(sock, who, 'sock_max_subscribers is %d'
-                              % self._loop.settings.max_subscribers)
-        else:
-            self._places.give(subscriber)
-            self._watch(subscriber)
-
-    def _watch(self, subscriber):
-        try:
-            self._loop.fanout.watch(subscriber)
-        except OSError as error:    # there is a limit of what is watched
-            self._places.clear(subscriber, error.strerror)
+            self._places.admit(sock, self._door, self._start)
 
     def go_on_with(self, subscribers):
         """Serve those of the last leader."""
         self._open(True)    # before a follower is told that we lead
         for each in subscribers:
-            self.streams[each] = None
-            self._watch(each)
+            self._places.keep(each)
 
     def see_off(self, subscriber):
         self._places.clear(subscriber, subscriber.ended)
@@ -2211,9 +2187,7 @@ class _Leader:
 
     def let_go(self):
         """Close what is another process's by now, without ending anything."""
-        for each in self.streams:
-            self._loop.files.unwatch(each.sock)
-            each.sock.close()
+        self._places.let_go()
         self._others.close()
         self._door.close()
         self._path.give_up(keep=True)
@@ -2248,9 +2222,36 @@ class _Places:
         self.taken = {}         # an ordered set
         self.swept = False      # of those who are gone, in this turn
 
-    def give(self, subscriber):
+    def admit(self, sock, door, start):
+        """Let one in, or have it refused at the door.
+
+        :param start: see _Subscriber
+        """
+        who, uid = _peer(sock)
+        subscriber = _Subscriber(sock, self._loop.fanout.backlog, who, uid,
+                                 start)
+        if not subscriber.alive():
+            self._loop.visits.note('connected', who)
+            self.taken[subscriber] = None
+            self.clear(subscriber, 'it is gone')
+        elif self.free() or self.make_room(uid, door.tell_why):
+            self._loop.visits.note('connected', who)
+            self.keep(subscriber)
+        else:
+            door.refuse(sock, who, 'sock_max_subscribers is %d' % self._limit)
+
+    def keep(self, subscriber):
         self.taken[subscriber] = None
-        self._loop.visits.note('connected', subscriber.who)
+        try:
+            self._loop.fanout.watch(subscriber)
+        except OSError as error:    # there is a limit of what is watched
+            self.clear(subscriber, error.strerror)
+
+    def let_go(self):
+        """Close what another process has by now."""
+        for each in self.taken:
+            self._loop.files.unwatch(each.sock)
+            each.sock.close()
 
     def clear(self, subscriber, reason):
         """End the stream of a subscriber, or take note that it has ended."""
@@ -2488,8 +2489,6 @@ class _Loop:
         handed = self.role.take()
         self.fanout.take(due, handed)
         self.fanout.flush(self.role.streams)
-        if handed:
-            self.inbox.ahead = _BATCH   # others need the loop as much as we do
         if self.visits.at is not None and self.visits.at < time.monotonic():
             self.visits.tell()
         self.role.settle()
@@ -3293,9 +3292,9 @@ def _inherited(owed, data, tail):
     """The chunks that _owed() told of, by place, ahead of this tail."""
     chunks, start = {None: tail}, 0
     for place, (size, lost, reason, behind, count, _) in enumerate(owed):
-        chunk = chunks[place] = _Chunk(tail.start - behind, tail.first - count)
-        chunk.data, start = data[start:start + size], start + size
-        chunk.lost, chunk.reason = lost, reason
+        chunks[place] = _Chunk(tail.start - behind, tail.first - count,
+                               data[start:start + size], lost, reason)
+        start += size
     for place, (*_, following) in enumerate(owed):
         chunks[place].next = chunks[following]
     return chunks

@@ -51,7 +51,9 @@ same, so this is an equation. It is weaker where nothing more is promised:
   side, what comes after its last number that was received is not missing.
 - When the leader is killed, it takes along what it had taken from others.
   The connections of all who have connected by then end, also of those who
-  were not yet accepted; nothing is weakened for who goes on.
+  were not yet accepted; nothing is weakened for who goes on. One that leaves
+  in good order, and has handed on, ends no connection, but for one whose heir
+  is killed as it becomes that.
 - When the directory, or lock and socket at once, were removed, a process
   that starts has no way to tell that there is a leader. Until all have found
   to each other there may be two of them, or no way to reach the one. The
@@ -134,14 +136,14 @@ ACTIONS = {
     'join': 3, 'join_by_program': 2, 'part': 2, 'stall': 4, 'half_close': 2,
     'kill_program': 2, 'knock': 1, 'flood': 1, 'talk': 1, 'rush': 2,
     'kill_leader': 3, 'kill_leader_awaited': 3, 'kill_leader_flat_out': 2,
-    'leave_leader': 2, 'stop_leader': 3,
+    'leave_leader': 3, 'leave_leader_without_heir': 2, 'stop_leader': 3,
     'kill_follower': 2, 'leave_follower': 2, 'stop_follower': 2,
     'fork': 6, 'fork_to_stay': 2,
     'remove_socket': 1, 'remove_relay': 1, 'remove_lock': 1,
     'remove_all': 1, 'remove_directory': 1,
 }
 ROUGH = {'kill_leader', 'kill_leader_awaited', 'kill_leader_flat_out',
-         'leave_leader', 'remove_all', 'remove_directory'}
+         'leave_leader_without_heir', 'remove_all', 'remove_directory'}
 
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -523,28 +525,40 @@ class Soak:
             process.stops[-1][1] = time.monotonic()
         process.stopped = False
 
-    def end(self, process, how, slots=(), **last):
+    def end(self, process, how, slots=(), amid=None, **last):
         """End a process in some way, and note what that means.
 
+        :param amid: another, that is killed so many seconds later
         :param last: what it emits right before it leaves by itself
         """
         leads = self.leader() is process
         slots = [*process.slots, *slots]
         abrupt = how in ('_exit', 'SIGTERM', 'SIGKILL')
-        if leads:
-            self.fault('%s of the leader' % how, ends=True)
         if not abrupt:
             process.child.ask('halt')
             self._check_calls(process)
-        begin = time.monotonic()
+        begin, hand_ons = time.monotonic(), self._hand_ons()
         self._send_off(process, how, last)
+        if amid is not None:
+            time.sleep(amid[1])
+            self.end(amid[0], 'SIGKILL')
         self._reap(process)
         took = time.monotonic() - begin
-        if abrupt or self._exit_time(process, took) >= base.EXIT_STALL:
+        if leads:
+            handed_on = self._hand_ons() > hand_ons
+            self.done['leaders that handed on'] += handed_on
+            self.fault('%s of the leader' % how, begin, ends=(
+                amid is not None or not handed_on))
+        if abrupt or amid is not None or (
+                self._exit_time(process, took) >= base.EXIT_STALL):
             self.cut.update(slots)
             self.done['processes whose last words were not owed'] += 1
         else:
             self.done['processes whose last words were owed'] += 1
+
+    def _hand_ons(self):
+        """How often that was logged, by either side."""
+        return len(self.nursery.log('handed on to'))
 
     def _send_off(self, process, how, last):
         child = process.child
@@ -582,15 +596,16 @@ class Soak:
 
     # Faults, and what becomes of them.
 
-    def fault(self, what, ends=False):
-        """From now on somebody may not be served.
+    def fault(self, what, since=None, ends=False):
+        """From now on, or then, somebody may not be served.
 
         :param ends: whether connections may end
         """
+        since = since or time.monotonic()
         if self.sick is None:
-            self.sick = time.monotonic(), what
+            self.sick = since, what
         if ends:
-            self.disturbed.append([time.monotonic(), None])
+            self.disturbed.append([since, None])
 
     def owe_from_now(self):
         with self.lock:
@@ -790,6 +805,20 @@ class Soak:
     def do_leave_leader(self, choose, leads=True):
         victim = self._victim(choose, leads)
         return victim and self._leave(victim, choose)
+
+    def do_leave_leader_without_heir(self, choose):
+        """The one that may have become it is killed as it does."""
+        victim = self._victim(choose, leads=True)
+        others = [each for each in self.awake()
+                  if each not in (victim, self.processes[0])]
+        if victim is None or not others:
+            return None
+        self.resume(victim)
+        heir = choose.choice(others)
+        self.fault('a leave')
+        self.end(victim, 'exit', amid=(heir, choose.uniform(0, 0.005)))
+        self._make_up()
+        return '%s; killed: %s' % (victim, heir)
 
     def do_leave_follower(self, choose):
         return self.do_leave_leader(choose, leads=False)

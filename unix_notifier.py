@@ -3603,7 +3603,7 @@ class _Follower:
             loop.files.unwatch(estate.channel)
             estate.close()
             self._estate = None
-        if not (self._uplink.greeted and self._estate):
+        if self._estate is None or estate.is_ours():
             loop.retry.at = time.monotonic()    # look_after(), at once
 
     def _succeed(self):

@@ -1401,10 +1401,6 @@ class _Inbox:
         self._drops_read = drops + 1    # for we count, too
         return due
 
-    def freeze(self):
-        """Queue nothing more: what comes is counted, until the next turn."""
-        self.room = 0
-
     def left(self):
         """How many came and will not be sent from here, as of now."""
         due = self.count()
@@ -3304,6 +3300,9 @@ def _first_answer(channels, until):
     """Which of them answers first, until time.monotonic(); or None."""
     asked = list(channels)
     while asked and time.monotonic() < until:
+        if not _poll(*(each.fileno() for each in asked))():
+            time.sleep(_GIVE_WAY)
+            continue
         for each in list(asked):
             try:
                 if each.recv(16):
@@ -3313,7 +3312,6 @@ def _first_answer(channels, until):
             except OSError:
                 pass
             asked.remove(each)      # it has hung up
-        time.sleep(_GIVE_WAY)
     return None
 
 
@@ -3333,14 +3331,12 @@ class _Bequest:
             if source.greeted and source.uid == os.geteuid():
                 with contextlib.suppress(OSError):
                     asked[self._invite(source)] = source
-        self._heir = _first_answer(asked, self._soon())
+        self._heir = _first_answer(asked, min(
+            time.monotonic() + _ANSWER_TIME, self._until))
         for each in asked:
             if each is not self._heir:
                 each.close()
         return asked.get(self._heir)
-
-    def _soon(self):
-        return min(time.monotonic() + _ANSWER_TIME, self._until)
 
     def _invite(self, source):
         """The channel on which it may answer."""
@@ -3349,11 +3345,16 @@ class _Bequest:
                 self._loop.files.own(lambda each=each: each)
                 for each in socket.socketpair(
                     socket.AF_UNIX, socket.SOCK_SEQPACKET)]
-        with theirs:
-            ours.setblocking(False)
-            theirs.setblocking(False)   # there, too: it is the same file
+        ours.setblocking(False)
+        theirs.setblocking(False)   # there, too: it is the same open file
+        try:
             socket.send_fds(source.sock, [_ASK], [theirs.fileno()],
                             socket.MSG_NOSIGNAL)
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
         return ours
 
     def pass_on(self, leader, handed):
@@ -3366,7 +3367,6 @@ class _Bequest:
             due = inbox.count()
             leader.let_in()
             fanout.take(due, handed)
-            inbox.freeze()
             for each in [each for each in leader.streams if each.ended]:
                 leader.see_off(each)
             self._pass(list(leader.streams), self._loop.path)
@@ -3389,7 +3389,7 @@ class _Bequest:
         socket.send_fds(self._heir, [b'%d' % len(files)],
                         [each.fileno() for each in files],
                         socket.MSG_NOSIGNAL)
-        if _first_answer([self._heir], self._soon()) is None:
+        if _first_answer([self._heir], self._until) is None:
             raise TimeoutError
 
 
@@ -3438,11 +3438,11 @@ class _Estate:
             self._socks += [self._own(_unix_socket, fd) for fd in fds]
             return
         file, lock, relay = fds
-        with open(file, 'rb') as memory:
-            memory.seek(0)
-            identity, self._chunks, self._streams = json.loads(
-                memory.readline())
-            self._data = memory.read()
+        # In few calls: beside busy threads each waits 5 ms for the GIL.
+        head, _, self._data = os.pread(
+            file, os.fstat(file).st_size, 0).partition(b'\n')
+        os.close(file)
+        identity, self._chunks, self._streams = json.loads(head)
         sock = self._own(_unix_socket, relay)
         self._relay = _Bound(self._path + '.relay', sock, identity)
         self._own(self._lock.adopt, lock)
@@ -3534,7 +3534,8 @@ class _Follower:
         try:
             sock.setblocking(False)
             sock.connect(self._relay_path)
-            who, _ = _check_peer(sock, self._relay_path, loop.log)
+            who, self._uplink.uid = _check_peer(
+                sock, self._relay_path, loop.log)
             sock.send(_HELLO + b'\n', socket.MSG_NOSIGNAL)
             self._uplink.sock, self._uplink.who = sock, 'the leader, ' + who
             loop.fanout.watch(self._uplink)
@@ -3580,11 +3581,12 @@ class _Follower:
     def _answer(self, channel):
         """Say that we would be the leader's heir, if so it is.
 
-        Not who leaves, nor who has no loop: a channel that is closed says so.
+        Not who leaves, nor who has no loop, nor root for another user, whose
+        files it would write to: a channel that is closed says so.
         """
-        loop = self._loop
-        if self._estate or loop.closing or loop.starves or (
-                not self._uplink.greeted):
+        loop, uplink = self._loop, self._uplink
+        if (self._estate or loop.closing or loop.starves
+                or not uplink.greeted or uplink.uid != os.geteuid()):
             channel.close()
             return
         self._estate = _Estate(channel, loop.settings.path, loop.files.own)

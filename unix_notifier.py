@@ -100,7 +100,16 @@ import time
 import types
 import urllib.parse
 import uuid
+import warnings
 import weakref
+
+# Whoever starts the command did not choose eventlet, which warns of itself at
+# length when oslo.messaging imports it: not shown, unless -W says otherwise.
+# To any other process than the command, by its script or -m, nothing is done.
+if (__name__ == '__main__'
+        or 'unix-notifier' in map(os.path.basename, sys.argv[:1])):
+    warnings.filterwarnings('ignore', r'\s*Eventlet is deprecated',
+                            append=True)
 
 from oslo_config import cfg
 import oslo_messaging

@@ -502,6 +502,28 @@ class CommandLineTest(ConsumerTestCase):
         self.assertEqual(0, done.returncode)
         self.assertIn(b'| jq', done.stdout)
 
+    def test_it_does_not_show_what_eventlet_warns_of(self):
+        script = os.path.join(self.directory, 'unix-notifier')
+        with open(script, 'w') as file:
+            file.write('from unix_notifier import main\nmain()\n')
+
+        def errors(*command):
+            env = dict(os.environ, PYTHONWARNINGS='')
+            return subprocess.run([sys.executable, *command], env=env,
+                                  capture_output=True).stderr.decode()
+
+        page = 'Eventlet is deprecated'
+        shown = page in errors('-W', 'default', script, '--help')
+        for command in (script,), ('-m', 'unix_notifier'):
+            self.assertEqual('', errors(*command, '--help'))
+        # To a service nothing is done.
+        self.assertEqual(shown, page in errors('-c', 'import unix_notifier'))
+        self.assertEqual('', errors('-W', 'ignore', '-c', '''if True:
+            import oslo_messaging, warnings
+            before = list(warnings.filters)
+            import unix_notifier
+            assert warnings.filters == before'''))
+
     def test_jq_reads_it(self):
         if shutil.which('jq') is None:
             self.skipTest('jq is not installed')

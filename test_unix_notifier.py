@@ -6113,3 +6113,169 @@ class CommandLineTest(base.BaseTestCase):
                     SystemExit, unix_notifier.main, argv)
             self.assertEqual(2, error.code)
             self.assertIn(text, errors.getvalue())
+
+    def test_help_begins_with_what_people_do(self):
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            self.assertRaises(SystemExit, unix_notifier.main, ['--help'])
+        words = output.getvalue()
+        places = [words.index(each) for each in (
+            '  unix-notifier /run', "  unix-notifier --event-type '^",
+            '| jq .payload', 'options:', 'Exit status')]
+        self.assertEqual(sorted(places), places)
+
+
+class TerminalTest(base.BaseTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.use(COLUMNS='80', TERM='xterm', NO_COLOR=None)
+
+    def use(self, **env):
+        for name, value in env.items():
+            self.useFixture(fixtures.EnvironmentVariable(name, value))
+
+    @staticmethod
+    def lines(*messages):
+        lines = map(unix_notifier._Terminal().line, messages)
+        return b''.join(lines).decode().splitlines()
+
+    def recorded(self):
+        """Notifications as services sent them, of five priorities."""
+        with open(os.path.join(HERE, 'functional',
+                               'notifications.ndjson')) as file:
+            return [dict(json.loads(each), priority=priority)
+                    for each, priority in zip(file, itertools.cycle(
+                        ('INFO', 'WARN', 'ERROR', 'SAMPLE', 'CRITICAL')))]
+
+    def printed(self, *argv, to, errors=None):
+        """What it prints of a notification and a loss, to whom."""
+        reading, output = to()
+        stream = mock.MagicMock()
+        stream.__iter__.return_value = [
+            dict(message({'id': 'i'}), timestamp='2026-11-22 07:58:07.5'),
+            json.loads(unix_notifier._lost_record(5, 'why'))]
+        with open(output, 'w') as stdout, \
+                mock.patch('sys.stdout', stdout), \
+                mock.patch('sys.stderr', stdout if errors else io.StringIO()):
+            unix_notifier._print(stream, unix_notifier._arguments(
+                ['/x', *argv]))
+        with open(reading, 'rb', buffering=0) as file:
+            blocks = []
+            with contextlib.suppress(OSError):  # a terminal's end
+                while not blocks or blocks[-1]:
+                    blocks.append(file.read(65536))
+            return stream, b''.join(blocks).decode()
+
+    def test_terminal_gets_columns_all_else_whole_lines(self):
+        for argv, to, begin, is_whole in (
+                ((), os.openpty, '07:58:07 x     x ', False),
+                (('--text',), os.openpty, '07:58:07 x     x ', False),
+                (('--json',), os.openpty, '{"message_id"', True),
+                ((), os.pipe, '{"message_id"', True),
+                (('--json',), os.pipe, '{"message_id"', True),
+                (('--text',), os.pipe, '2026-11-22 07:58:07.5  x  x  x  i\n',
+                 True)):
+            _, text = self.printed(*argv, to=to)
+            self.assertEqual(begin, text[:len(begin)], argv)
+            self.assertEqual(is_whole, '\x1b' not in text)
+            self.assertEqual(is_whole, '"lost": 5' in text)
+
+    def test_terminal_shows_a_loss_whatever_was_asked_for_and_once(self):
+        for errors in False, True:
+            stream, text = self.printed('--event-type', 'none', to=os.openpty,
+                                        errors=errors)
+            self.assertEqual(1, text.count('\n'))
+            self.assertIn(' notifications lost: 5 (why) ', text)
+            stream.log.lost({})
+            stream.log.refused('')
+            self.assertEqual(2 * (not errors), len(stream.method_calls))
+
+    def test_errors_do_not_name_the_path_at_a_terminal(self):
+        handler = unix_notifier._StandardError('/x')
+        for to, text in ((os.openpty, '-- connected\r\n'),
+                         (os.pipe, 'Notifications from /x: connected\n')):
+            reading, output = to()
+            with open(reading, 'rb', buffering=0) as file, \
+                    open(output, 'w') as stderr, \
+                    mock.patch('sys.stderr', stderr):
+                handler.emit(logging.makeLogRecord({
+                    'msg': 'Notifications from /x: connected'}))
+                self.assertEqual(text, file.read(100).decode())
+
+    def test_columns_line_up(self):
+        self.use(NO_COLOR='1')
+        for columns, event_type, width in (('80', 15, 80), ('160', 30, 136)):
+            self.use(COLUMNS=columns)
+            messages = self.recorded()
+            lines = self.lines(*messages)
+            self.assertEqual(width, max(map(len, lines)))
+            for each, line_ in zip(messages, lines):
+                self.assertEqual(event_type, line_.index(each['event_type']))
+                self.assertNotEqual(' ', line_[event_type + 37])
+            publishers = [each['publisher_id'] for each in messages]
+            self.assertEqual(publishers if columns == '160' else [], [
+                line_[event_type + 78:] for line_ in lines
+                if line_[event_type + 78:]])
+
+    def test_line_is_no_wider_than_the_terminal_whatever_comes(self):
+        self.use(NO_COLOR='1')
+        evil = 'e\u0301\n\x1b[2J\x9b', '\u7f51\u7edc', 'x', '', 7, None, []
+        for columns, size in itertools.product((1, 9, 20, 80, 160), (1, 60)):
+            self.use(COLUMNS=str(columns))
+            for each, event_type in itertools.product(
+                    evil, ('x', *unix_notifier._CONTROL)):
+                each = each * size if isinstance(each, str) else each
+                line_, = self.lines(dict(
+                    dict.fromkeys(KEYS, each), event_type=event_type,
+                    payload={'id': each, 'reason': each, 'lost': each}))
+                self.assertTrue(line_.isprintable())
+                self.assertLessEqual(
+                    sum(1 + (char in '\u7f51\u7edc') - (char == '\u0301')
+                        for char in line_), columns)
+
+    def test_wide_characters_do_not_move_what_follows(self):
+        for name, places in (('ab', 2), ('\u7f51\u7edc', 4), ('e\u0301', 1)):
+            self.assertEqual(name + (5 - places) * '.',
+                             unix_notifier._pad(name, 5, '.'))
+            self.assertEqual(name, unix_notifier._cut(name, places))
+        for width, cut in ((1, '\u2026'), (2, '\u2026'), (3, '\u7f51\u2026')):
+            self.assertEqual(cut, unix_notifier._cut('\u7f51\u7edc', width))
+
+    def test_priority_has_a_colour_and_is_cut_to_its_column(self):
+        for priority, shown in (
+                ('INFO', '\x1b[32mINFO\x1b[m  x'), ('OTHER', 'OTHER x'),
+                ('ERROR', '\x1b[1;31mERROR\x1b[m x'),
+                ('CRITICAL', '\x1b[1;37;41mCRIT\u2026\x1b[m x')):
+            line_, = self.lines(dict(message({}), priority=priority))
+            self.assertEqual(9 * ' ' + shown, line_[:9 + len(shown)])
+
+    def test_no_colour_where_it_is_not_wanted(self):
+        messages = self.recorded() + [
+            json.loads(unix_notifier._lost_record(5, 'why'))]
+        self.assertEqual(101, len(self.lines(*messages)))
+        for env, count in (({'NO_COLOR': ''}, 202), ({'NO_COLOR': '1'}, 0),
+                           ({'NO_COLOR': None, 'TERM': 'dumb'}, 0)):
+            self.use(**env)
+            self.assertEqual(
+                count, ''.join(self.lines(*messages)).count('\x1b'), env)
+
+    def test_records_stand_out_across_the_terminal(self):
+        payload = {'lost': 5, 'seconds': 0.5, 'reason': 'why'}
+        for event_type, text in (
+                ('lost', 'notifications lost: 5 (why)'),
+                ('refused', 'refused (why)'),
+                ('interrupted',
+                 'interrupted: what came in 0.5 s may be missing (why)')):
+            line_, = self.lines(dict(
+                message(payload), timestamp='2026-11-22 07:58:07.870964',
+                event_type='notifications.' + event_type))
+            self.assertEqual(
+                '\x1b[1;7;33m%s\x1b[m' % (
+                    '07:58:07 ----- %s ' % text).ljust(80, '-'), line_)
+
+    def test_refusals_in_a_row_are_one_line(self):
+        refusal = json.loads(unix_notifier._record(
+            'notifications.refused', reason='why'))
+        self.assertEqual(3, len(self.lines(
+            refusal, refusal, refusal, message({}), refusal, refusal)))

@@ -89,6 +89,7 @@ import re
 import reprlib
 import select
 import selectors
+import shutil
 import signal
 import socket
 import stat
@@ -98,6 +99,7 @@ import termios
 import threading
 import time
 import types
+import unicodedata
 import urllib.parse
 import uuid
 import warnings
@@ -4662,16 +4664,23 @@ class UnixTransportDriver(_base.BaseDriver):
 
 # -- the command line -------------------------------------------------------
 
-_EPILOG = """
-  unix-notifier /run/nova/notifications.sock | jq .payload
-  unix-notifier --text --event-type '^compute[.]' /run/nova/notifications.sock
+_DESCRIPTION = """
+Show the notifications of a service as they come:
 
+  unix-notifier /run/nova/notifications.sock
+  unix-notifier --event-type '^compute[.]' /run/nova/notifications.sock
+  unix-notifier /run/nova/notifications.sock | jq .payload
+
+At a terminal it prints lines for people, else lines of JSON. It waits for
+the service, and comes back to it; Ctrl-C ends it."""
+
+_EPILOG = """
 What happens to the connection, and losses, go to standard error. After a
 reconnection the record notifications.interrupted comes first; it does not
 count for N. Exit status: 0 after --count notifications, or when nobody reads
 the output any more; 1 if it cannot write; 2 for wrong arguments; 128 and the
 number of the signal that ends it, which is 130 after Ctrl-C and 143 after
-SIGTERM."""
+SIGTERM. NO_COLOR in the environment is heeded."""
 
 # Who did it, which is not what it was done to.
 _OWNERS = ('user', 'tenant', 'project', 'domain')
@@ -4695,8 +4704,8 @@ def _ids(payload, event_type):
                 yield payload[key]
 
 
-def _text(message):
-    """One readable line: when, how grave, what, from whom, about which."""
+def _fields(message):
+    """When, how grave, what, from whom, and about which if that is known."""
     payload = message.get('payload')
     inner = payload if isinstance(payload, dict) else {}
     inner = next((inner[key] for key in inner if key.endswith('_object.data')
@@ -4707,22 +4716,126 @@ def _text(message):
         ids = iter([_strict(payload)[:-1].decode()])
     fields = [message.get(key) for key in (
         'timestamp', 'priority', 'event_type', 'publisher_id')]
-    return '  '.join(map(_printable, (*fields, *itertools.islice(ids, 1))))
+    return list(map(_printable, (*fields, *itertools.islice(ids, 1))))
+
+
+def _text(message):
+    """One readable line, whole, for whatever reads it next."""
+    return '  '.join(_fields(message))
+
+
+def _cells(text):
+    """For each character, how many places of a terminal it takes."""
+    if text.isascii():      # a line takes 100 us, not 170
+        return itertools.repeat(1, len(text))
+    return (0 if unicodedata.category(each) in ('Mn', 'Me') else
+            1 + (unicodedata.east_asian_width(each) in 'WF') for each in text)
+
+
+def _pad(text, width, by=' '):
+    return text + by * (width - sum(_cells(text)))
+
+
+def _cut(text, width):
+    """What fits, which ends with an ellipsis if that is not all."""
+    ends = list(itertools.accumulate(_cells(text), initial=0))
+    if ends[-1] <= width:
+        return text
+    return text[:bisect.bisect(ends, width - 1) - 1] + '\u2026'
+
+
+class _Terminal:
+    """Lines for people, each as wide as the terminal is by then.
+
+    What comes first is seen in 80 columns: of an id more than is needed to
+    tell two apart. Nothing but a priority is cut amid a line, for the end of
+    an event type says as much as its start; one that is longer than its
+    column moves what follows.
+    """
+
+    # Columns: from how many on there is room for the date and milliseconds.
+    # Of a hundred notifications that were recorded, the longest event type
+    # had 36; a request id has 40, a UUID 36.
+    _WIDE = 140
+    _PRIORITY = 5
+    _EVENT_TYPE = 36
+    _ID = 40
+
+    _COLOURS = {'DEBUG': '2', 'INFO': '32', 'WARN': '1;33', 'ERROR': '1;31',
+                'CRITICAL': '1;37;41', 'AUDIT': '36', 'SAMPLE': '36'}
+    _STANDS_OUT = '1;7;33'
+
+    def __init__(self):
+        self._has_colour = (not os.environ.get('NO_COLOR')
+                            and os.environ.get('TERM') != 'dumb')
+        self._refused = False       # by the last message, too
+
+    def line(self, message):
+        """None of a refusal that follows one: there is one a second."""
+        event_type = message.get('event_type')
+        again = self._refused and event_type == _REFUSED
+        self._refused = event_type == _REFUSED
+        if again:
+            return b''
+        width = shutil.get_terminal_size().columns
+        stamp, *fields = _fields(message)
+        stamp = (_pad(stamp[:23], 23) if width >= self._WIDE else
+                 _pad(stamp[11:19], 8))
+        text = (self._record(event_type, message.get('payload'), stamp, width)
+                if event_type in _CONTROL else
+                self._notification(stamp, *fields, width=width))
+        return b'%s\n' % text.encode()
+
+    def _notification(self, stamp, priority, event_type, publisher, about='',
+                      *, width):
+        grade = _cut(priority, self._PRIORITY)
+        line = _cut(' '.join((
+            stamp, _pad(grade, self._PRIORITY),
+            _pad(event_type, self._EVENT_TYPE), _pad(about, self._ID),
+            publisher)), width)
+        begin = len(stamp) + 1
+        end = begin + len(grade)
+        return line[:begin] + self._coloured(
+            line[begin:end], self._COLOURS.get(priority)) + line[end:]
+
+    def _record(self, event_type, payload, stamp, width):
+        """A loss and the like: a rule across, to be seen without colour."""
+        payload = payload if isinstance(payload, dict) else {}
+        lost, seconds = (_printable(payload.get(key))
+                         for key in ('lost', 'seconds'))
+        text = {_LOST: 'notifications lost: ' + lost,
+                _REFUSED: 'refused',
+                _INTERRUPTED: 'interrupted: what came in %s s may be missing'
+                % seconds}[event_type]
+        text = '%s %s %s (%s) ' % (stamp, '-' * self._PRIORITY, text,
+                                   _reason(payload))
+        return self._coloured(_pad(_cut(text, width), width, '-'),
+                              self._STANDS_OUT)
+
+    def _coloured(self, text, colour):
+        if not (self._has_colour and colour and text):
+            return text
+        return '\x1b[%sm%s\x1b[m' % (colour, text)
 
 
 def _arguments(argv):
     parser = argparse.ArgumentParser(
-        prog='unix-notifier', epilog=_EPILOG,
-        description='Print the notifications of a service, as lines of JSON.'
-                    '\nWaits for the service, and comes back to it.',
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog='unix-notifier', usage='%(prog)s [OPTION ...] PATH',
+        description=_DESCRIPTION, epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False)
     parser.add_argument('path', metavar='PATH', help='as in sock_path')
     parser.add_argument('--event-type', metavar='REGEX', default='',
                         help='only event types in which REGEX is found')
     parser.add_argument('--count', metavar='N', type=int, default=sys.maxsize,
                         help='end after N notifications')
-    parser.add_argument('--text', action='store_true', help='print time, '
-                        'priority, event type, publisher, and an id')
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument('--json', action='store_false', dest='text',
+                        default=None, help='print JSON, at a terminal too')
+    either.add_argument('--text', action='store_true', default=None,
+                        help='print time, priority, event type, publisher, '
+                        'and an id, to a file or a pipe too')
+    parser.add_argument('-h', '--help', action='help',
+                        help='print this, and exit')
     arguments = parser.parse_args(argv)
     try:
         arguments.path = _parse_path(arguments.path, _CONNECT_MAX)
@@ -4733,13 +4846,28 @@ def _arguments(argv):
     return arguments
 
 
+def _is_terminal(file):
+    return file is not None and file.isatty()
+
+
 class _StandardError(logging.Handler):
-    """Drops what cannot be written. A stream would fail once more, at exit."""
+    """Drops what cannot be written. A stream would fail once more, at exit.
+
+    At a terminal it leaves out of whom it speaks: who sees it has just named
+    the path, and with that the lines would not fit into 80 columns.
+    """
+
+    def __init__(self, path):
+        super().__init__()
+        self._known = 'Notifications from %s: ' % path
 
     def emit(self, record):
+        text = self.format(record)
+        if _is_terminal(sys.stderr):
+            text = text.replace(self._known, '-- ', 1)
         with contextlib.suppress(OSError):
-            os.write(sys.stderr.fileno(), b'%s\n' % self.format(
-                record).encode(errors='backslashreplace'))
+            os.write(sys.stderr.fileno(),
+                     b'%s\n' % text.encode(errors='backslashreplace'))
 
 
 def _write(data):
@@ -4756,14 +4884,25 @@ def _write(data):
             select.select([], [output], [])
 
 
+def _line_of(message, text):
+    # Not the line as it came, which need not be strict, nor harmless.
+    return b'%s\n' % _text(message).encode() if text else _strict(message)
+
+
 def _print(stream, arguments):
     count = 0
+    line_of = functools.partial(_line_of, text=arguments.text)
+    terminal = arguments.text is not False and _is_terminal(sys.stdout)
+    if terminal:
+        line_of = _Terminal().line
+        if _is_terminal(sys.stderr):    # where it would be said once more
+            stream.log.lost = stream.log.refused = lambda _: None
     for message in stream:
         event_type = _word(message.get('event_type'))
-        if arguments.event_type.search(event_type):
-            # Not the line as it came, which need not be strict, nor harmless.
-            _write(b'%s\n' % _text(message).encode() if arguments.text
-                   else _strict(message))
+        found = arguments.event_type.search(event_type)
+        if found or terminal and event_type in _CONTROL:
+            _write(line_of(message))
+        if found:
             count += event_type not in (_REFUSED, _INTERRUPTED)
             if count == arguments.count:
                 break
@@ -4787,7 +4926,8 @@ def main(argv=None):
             signal.signal(number, lambda number, _: os._exit(128 + number))
     logging.basicConfig(
         format='%(message)s', level=logging.INFO,
-        handlers=[_StandardError() if sys.stderr else logging.NullHandler()])
+        handlers=[_StandardError(arguments.path) if sys.stderr
+                  else logging.NullHandler()])
     if sys.stdout is None:
         LOG.error('Standard output is closed')
         return 1

@@ -359,6 +359,49 @@ class CommandLineTest(ConsumerTestCase):
         self.assertEqual([], [line for line in lines
                               if not re.match(pattern, line)])
 
+    def test_terminal_gets_columns_and_records_that_stand_out(self):
+        terminal, output = pty.openpty()
+        self.addCleanup(os.close, terminal)
+        termios.tcsetwinsize(output, (40, 100))
+        service = self.service(buffer_size=65536)
+        process = self.command('--event-type', '[.]', stdout=output,
+                               TERM='xterm', NO_COLOR='', COLUMNS='')
+        self.wait_status(process, 'connected')
+        written = b''
+
+        def read_until(pattern):
+            nonlocal written
+            while not re.search(pattern, written):
+                written += os.read(terminal, 65536)
+            lines, written = written.decode().splitlines(), b''
+            return [re.sub(r'\x1b\[[\d;]*m', '', line) for line in lines]
+
+        service.ask('emit_real')
+        lines = read_until(rb'(.*\n){100}')
+        pattern = (r'^\d\d:\d\d:\d\d (INFO |ERROR|WARN ) (?=.{36} \S)[\w.]+ +'
+                   r'[\w-]+ +[\w.:@-]+\u2026?$')
+        self.assertEqual([], [line for line in lines if len(line) > 100
+                              or not re.match(pattern, line)])
+        base.stop(process.pid)
+        service.ask('emit', count=2000, size=1000)
+        os.kill(process.pid, signal.SIGCONT)
+        rule = r'^[\d:]{8} ----- %s [(].*[)] -+$'
+        self.assertTrue([
+            line for line in read_until(rb'notifications lost: .*\n')
+            if re.match(rule % r'notifications lost: \d+', line)
+            and len(line) == 100])
+        service.kill()
+        service.wait_exit()
+        service = self.service()
+        line = read_until(rb'interrupted: .*\n')[-1]
+        self.assertRegex(
+            line, rule % r'interrupted: what came in [\d.]+ s may be missing')
+        termios.tcsetwinsize(output, (40, 160))
+        service.ask('emit_real')
+        self.assertRegex(read_until(rb'(.*\n){100}')[0],
+                         r'^\d{4}-\d\d-\d\d .* identity[.]controller1$')
+        os.close(output)
+
     def test_loss_is_pointed_out(self):
         service = self.service(buffer_size=65536)
         process = self.command()

@@ -3784,7 +3784,7 @@ class SteppedRelayHub(SteppedHub):
     half_sent = inside('loop.role._uplink.offset')   # bytes of a line
     follows = property(
         lambda self: not self.leads and self.loop.role._uplink.greeted
-        and self.loop.role._estate is None)
+        and not self.loop.role._inherits())
     leads = property(lambda self: self.served)
     passed = inside('loop.role._passed.sock')
     presence = inside('loop.role._presence')
@@ -4246,7 +4246,7 @@ class RelayHeirTest(RelayCase):
         _, chunks, told = json.loads(header)
         ours = unix_notifier._Backlog(backlog.limit)
         ours.append(b'x\n' * ahead, ahead)
-        estate = unix_notifier._Estate(mock.Mock(), self.path, None)
+        estate = unix_notifier._Estate(mock.Mock(), mock.Mock())
         estate._chunks, estate._streams, estate._data = chunks, told, data
         estate._socks = [FakeSocket() for _ in streams]
         with mock.patch.object(

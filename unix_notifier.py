@@ -3407,34 +3407,59 @@ class _Bequest:
 class _Estate:
     """What a leader that leaves hands on, as its heir receives it."""
 
-    def __init__(self, channel, path, own):
-        self.channel = channel
-        self._path = path
-        self._own = own
-        self._lock = _Lock(path + '.lock')
+    def __init__(self, loop, channel):
+        self._loop = loop
+        self._channel = channel
+        self._lock = _Lock(loop.path.lock.path)
         self._relay = None
         self._chunks = self._streams = None     # what _owed() told of them
         self._data = b''
         self._socks = []        # of the streams
-        self.lost = None        # by the leader meanwhile, once all is ours
+        self._lost = None       # by the leader meanwhile, once all is ours
+        self.over = False       # nothing came of it
+        loop.files.watch(channel, self._on_message)
+        self._answer()
 
     def is_ours(self):
-        return self.lost is not None
+        return self._lost is not None
 
-    def answer(self):
+    def _answer(self):
         with contextlib.suppress(OSError):  # the end of it is read next
-            self.channel.send(_YES, socket.MSG_NOSIGNAL)
+            self._channel.send(_YES, socket.MSG_NOSIGNAL)
 
-    def receive(self):
+    def _on_message(self, _mask=0):
+        """Take in what has come, until it is ours, or will not be."""
+        try:
+            if not (self.over or self.is_ours()):
+                self._take_message()
+        except BlockingIOError:     # see _Event.clear()
+            return
+        except (OSError, ValueError):
+            self._close()
+        if self.over or self.is_ours():
+            self._loop.retry.at = time.monotonic()  # look_after(), at once
+
+    def finish(self):
+        """Whether it is ours: it will not be, unless the last word has come.
+
+        What is sent from here on fails; what was sent can be read.
+        """
+        if not self.over:
+            self._channel.shutdown(socket.SHUT_RD)
+        while not (self.over or self.is_ours()):
+            self._on_message()
+        return not self.over
+
+    def _take_message(self):
         """Take in what is passed, and answer, but to the last word.
 
         An OSError or ValueError: nothing will come of it.
         """
         with _no_fork():
-            data, fds = _receive(self.channel, _PASSED_MAX)
+            data, fds = _receive(self._channel, _PASSED_MAX)
             if data == b'%d' % len(fds):
                 self._take_in(*fds)
-                self.answer()
+                self._answer()
                 return
             for fd in fds:      # the others did not find room here
                 os.close(fd)
@@ -3442,11 +3467,12 @@ class _Estate:
         if not (last and self._streams is not None
                 and len(self._socks) == len(self._streams)):
             raise ValueError    # or it is the end
-        self.lost = int(last[1])
+        self._lost = int(last[1])
 
     def _take_in(self, *fds):
+        path, own = self._loop.path, self._loop.files.own
         if self._chunks is not None:
-            self._socks += [self._own(_unix_socket, fd) for fd in fds]
+            self._socks += [own(_unix_socket, fd) for fd in fds]
             return
         file, lock, relay = fds
         # In few calls: beside busy threads each waits 5 ms for the GIL.
@@ -3454,14 +3480,32 @@ class _Estate:
             file, os.fstat(file).st_size, 0).partition(b'\n')
         os.close(file)
         identity, self._chunks, self._streams = json.loads(head)
-        sock = self._own(_unix_socket, relay)
-        self._relay = _Bound(self._path + '.relay', sock, identity)
-        self._own(self._lock.adopt, lock)
+        sock = own(_unix_socket, relay)
+        self._relay = _Bound(path.name('.relay'), sock, identity)
+        own(self._lock.adopt, lock)
         if not self._lock.intact():
             raise ValueError
         sock.listen(_BACKLOG)   # so that it is we whom they follow
 
-    def move_to(self, path):
+    def lead(self, uplink, listener):
+        """Be the leader, with all that the last one had: returns the role.
+
+        :param uplink: what it is still to be sent goes behind that
+        """
+        loop = self._loop
+        uplink.precede(self._lost, 'leader left')
+        try:
+            leader = _Leader.claim(loop, lambda: listener, uplink,
+                                   self._move_to)
+            leader.go_on_with(self.subscribers(
+                uplink.chunk, loop.fanout.backlog))
+        finally:
+            self._close()
+        loop.log.say(logging.INFO, 'handed on to pid %d, %d subscribers',
+                     loop.pid, len(leader.streams))
+        return leader
+
+    def _move_to(self, path):
         """Have the path's lock and relay from here: as _Path.take()."""
         path.lock.close()
         path.lock, self._lock = self._lock, path.lock
@@ -3481,9 +3525,11 @@ class _Estate:
             each.joined -= received + each.lost
             yield each
 
-    def close(self):
-        """Leave it to the leader: nothing is ended, nor unlocked."""
-        self.channel.close()
+    def _close(self):
+        """Leave what is left to the leader: nothing is ended, nor unlocked."""
+        self.over = True
+        self._loop.files.unwatch(self._channel)
+        self._channel.close()
         self._lock.close()
         for each in (self._relay and self._relay.sock, *self._socks):
             if each is not None:
@@ -3510,7 +3556,7 @@ class _Follower:
 
     def look_after(self):
         loop, uplink = self._loop, self._uplink
-        if self._estate is not None:
+        if self._inherits():
             return self._succeed() if self._estate.is_ours() else self
         if uplink.sock is None:
             try:
@@ -3533,6 +3579,17 @@ class _Follower:
             with contextlib.suppress(OSError):
                 uplink.sock.send(b'-0 look\n', _AT_ONCE)
         return self
+
+    def _inherits(self):
+        """Whether a leader that leaves is handing on to us, or has."""
+        return self._estate is not None and not self._estate.over
+
+    def _succeed(self):
+        if self._uplink.sock is not None:
+            self.see_off(self._uplink)
+        leader = self._estate.lead(self._uplink, self._passed)
+        del self._uplink.listen     # as above
+        return leader
 
     def intact(self):
         return (self._passed is not None and self._passed.intact()
@@ -3596,57 +3653,16 @@ class _Follower:
         files it would write to: a channel that is closed says so.
         """
         loop, uplink = self._loop, self._uplink
-        if (self._estate or loop.closing or loop.starves
+        if (self._inherits() or loop.closing or loop.starves
                 or not uplink.greeted or uplink.uid != os.geteuid()):
             channel.close()
             return
-        self._estate = _Estate(channel, loop.settings.path, loop.files.own)
-        loop.files.watch(channel, self._on_estate)
-        self._estate.answer()
-
-    def _on_estate(self, _mask=0):
-        """Take in what comes of it, until it is ours, or will not be."""
-        estate, loop = self._estate, self._loop
-        try:
-            if estate is not None and not estate.is_ours():
-                estate.receive()
-        except BlockingIOError:     # see _Event.clear()
-            return
-        except (OSError, ValueError):
-            loop.files.unwatch(estate.channel)
-            estate.close()
-            self._estate = None
-        if self._estate is None or estate.is_ours():
-            loop.retry.at = time.monotonic()    # look_after(), at once
-
-    def _succeed(self):
-        """Lead, with all that the last leader had."""
-        estate, self._estate = self._estate, None
-        loop, uplink = self._loop, self._uplink
-        loop.files.unwatch(estate.channel)
-        if uplink.sock is not None:
-            self.see_off(uplink)
-        uplink.precede(estate.lost, 'leader left')
-        try:
-            leader = _Leader.claim(loop, lambda: self._passed, uplink,
-                                   estate.move_to)
-            leader.go_on_with(estate.subscribers(
-                uplink.chunk, loop.fanout.backlog))
-        finally:
-            estate.close()
-        del uplink.listen   # see look_after()
-        loop.log.say(logging.INFO, 'handed on to pid %d, %d subscribers',
-                     loop.pid, len(leader.streams))
-        return leader
+        self._estate = _Estate(loop, channel)
 
     def hand_on(self, until):
         """Who leaves is nobody's heir; if it is one already, it hands on."""
-        if self._estate is None:
+        if not (self._estate and self._estate.finish()):
             return False
-        # What is sent from here on fails, and what was sent can be read.
-        self._estate.channel.shutdown(socket.SHUT_RD)
-        while self._estate is not None and not self._estate.is_ours():
-            self._on_estate()
         self._loop.look_after()
         role = self._loop.role
         return role is not self and role.hand_on(until)
@@ -4194,7 +4210,7 @@ class _Subscription(abc.Iterator):
         self._gap.connected()
         self.log.once(logging.INFO, 'connected')
 
-    def _receive(self):
+    def _take_message(self):
         try:
             block = self._buffer.receive(self._sock)
             # Not splitlines(), which would split at a carriage return, too.

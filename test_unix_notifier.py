@@ -4183,7 +4183,8 @@ class RelayHeirTest(RelayCase):
         self.step(heir)
         self.emit(heir, range(5, 7))
         self.emit(leader, range(50, 52))
-        self.emit(other, range(60, 62), size=2 ** 18)
+        # So much that three lines are sent, and the fourth in part.
+        self.emit(other, range(60, 64), size=60000)
         other.turn()
         self.leave(leader, other)       # the newest, so it is the heir
         other.turn()
@@ -4192,7 +4193,7 @@ class RelayHeirTest(RelayCase):
         self.assertNotIn('parted', self.log.output)
         wait_until(lambda: self.step(other, heir) or heir.follows)
         self.assertTrue(other.leads)
-        self.emit(other, range(62, 64))
+        self.emit(other, range(64, 66))
         late = self.connect(other)
         self.emit(heir, range(70, 72))
         self.step(heir, other)
@@ -4203,7 +4204,7 @@ class RelayHeirTest(RelayCase):
             numbers = [each['payload']['n'] for each in client.read()]
             return sorted(numbers, key=lambda each: bisect.bisect(
                 (50, 60, 70), each)) == [
-                    *range(first, 7), 50, 51, *range(60, 64), 70, 71]
+                    *range(first, 7), 50, 51, *range(60, 66), 70, 71]
 
         wait_until(lambda: whole(slow, 0))
         for each in (half, quick):
@@ -4215,8 +4216,8 @@ class RelayHeirTest(RelayCase):
         heir.finish()
         other.turn()
         other.finish()
-        self.assertLogged(', 15 lines, 0 lost; the service stops')
-        self.assertLogged(', 12 lines, 0 lost; the service stops', 2)
+        self.assertLogged(', 17 lines, 0 lost; the service stops')
+        self.assertLogged(', 14 lines, 0 lost; the service stops', 2)
 
     def test_what_is_owed_stays_what_it_was(self):
         """A cursor anywhere, chunks of one's own, losses: all go on."""
@@ -4302,6 +4303,7 @@ class RelayHeirTest(RelayCase):
         def come():
             late.append(self.connect())
             heir.emit(numbered(len(late) - 1))
+            heir.turn()     # to the leader, while that listens
 
         naps = self.leave(leader, heir, each_time=come)
         self.assertGreater(naps, 2)
@@ -4311,6 +4313,19 @@ class RelayHeirTest(RelayCase):
             first = each.read()[0]['payload']['n']
             self.assertLessEqual(first, number)
             self.assertEqual(naps, account(each.messages, first))
+
+    def test_follower_that_is_greeted_at_once_finds_somebody(self):
+        """Or it would drop what it has yet to send."""
+        leader, other = self.make_pair()
+        heir = self.make_newcomer(leader.settings)
+        client = self.connect(leader)
+        wait_until(lambda: self.step(leader, heir) or heir.follows)
+        self.step(leader, other)
+        self.leave(leader, heir)
+        self.step(other, other)     # it waits for a hello
+        self.emit(other, range(3))
+        heir.on_flush(before=lambda: self.step(other))
+        self.assertAccount(heir, 3, client)
 
     def test_what_other_threads_emit_meanwhile_is_told_of(self):
         leader, heir = self.make_pair()
@@ -4889,8 +4904,8 @@ class RelayPathTest(RelayCase):
 
     def test_nonsense_is_named_once_and_cut_off(self):
         leader, _ = self.make_pair()
-        for text in (b'GET / HTTP/1.1\n', b'unix-notifier relay 1\n-x y\n',
-                     b'unix-notifier relay 1\n-1\n', b'unix-notif',
+        for text in (b'GET / HTTP/1.1\n', b'unix-notifier relay 2\n-x y\n',
+                     b'unix-notifier relay 2\n-1\n', b'unix-notif',
                      b'x' * 5000):
             peer = socket.socket(socket.AF_UNIX)
             self.addCleanup(peer.close)

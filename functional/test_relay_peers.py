@@ -35,8 +35,8 @@ import unix_notifier
 
 # A user that is neither root nor the service.
 STRANGER = base.NOBODY - 1
-HELLO = b'unix-notifier relay 1\n'
-WELCOME = 'unix-notifier relay 1 [1, 2, 3]\n'
+HELLO = b'unix-notifier relay 2\n'
+WELCOME = 'unix-notifier relay 2 [1, 2, 3]\n'
 LINE = json.dumps(dict(dict.fromkeys(base.Account.KEYS, ''),
                        payload={})).encode('ascii') + b'\n'
 # The publisher, with the module from another directory.
@@ -373,7 +373,7 @@ class ProtocolTest(PeersTestCase):
     def _other(self):
         """A publisher whose relay has another protocol number."""
         directory = self.module('unix_notifier', (
-            'unix-notifier relay 1', 'unix-notifier relay 2'))
+            'unix-notifier relay 2', 'unix-notifier relay 3'))
         program = os.path.join(self.directory, 'other.py')
         with open(program, 'w') as file:
             file.write(OTHER % [directory,

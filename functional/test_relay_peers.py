@@ -304,7 +304,7 @@ class ProtocolTest(PeersTestCase):
         subscriber = self.subscribe()
         for nonsense in (b'GET / HTTP/1.1\r\n\r\n', b'\n', b'\0\n',
                          LINE, b'-1 stalled\n',
-                         HELLO.replace(b'1', b'2') + LINE,
+                         HELLO.replace(b'2', b'3') + LINE,
                          HELLO + b'-\n', HELLO + b'-x y\n',
                          HELLO + b'--5 y\n', HELLO + b'-1\n',
                          HELLO + b'-1 \xff\n'):

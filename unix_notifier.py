@@ -4210,7 +4210,7 @@ class _Subscription(abc.Iterator):
         self._gap.connected()
         self.log.once(logging.INFO, 'connected')
 
-    def _take_message(self):
+    def _receive(self):
         try:
             block = self._buffer.receive(self._sock)
             # Not splitlines(), which would split at a carriage return, too.

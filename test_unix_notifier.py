@@ -4328,16 +4328,17 @@ class RelayHeirTest(RelayCase):
         self.assertAccount(heir, 3, client)
 
     def test_what_other_threads_emit_meanwhile_is_told_of(self):
-        leader, heir = self.make_pair()
+        leader, heir = self.make_pair(sock_buffer_size=2 ** 16)
         client = self.connect(leader)
         self.emit(leader, range(2))
         numbers = itertools.count(2)
-        naps = self.leave(leader, heir, each_time=lambda: leader.emit(
-            numbered(next(numbers))))
-        # Those that came before it said yes were queued, as ever.
-        self.emit(heir, range(naps + 2, naps + 4))
-        self.assertAccount(heir, naps + 4, client)
-        self.assertEqual({'leader left'}, {
+        # More than there is room for, once none is sent any more.
+        naps = self.leave(leader, heir, each_time=lambda: self.emit(
+            leader, itertools.islice(numbers, 9), size=10 ** 4))
+        total = 2 + 9 * naps
+        self.emit(heir, range(total, total + 2))
+        self.assertAccount(heir, total + 2, client)
+        self.assertIn('leader left', {
             each['payload']['reason'] for each in client.messages
             if each['event_type'] == 'notifications.lost'})
 
@@ -4400,6 +4401,15 @@ class RelayHeirTest(RelayCase):
             self.assertGoesOn(client, other)
             self.assertEqual(5, account(client.messages))
 
+    def test_heir_that_leaves_before_it_has_all_leaves_it_to_others(self):
+        for turns in range(1, 4):
+            failed, other, client = self.fail_at(
+                turns, lambda _, heir: heir.finish())
+            self.assertEqual(turns < 3, failed)
+            if failed:
+                self.assertGoesOn(client, other)
+                self.assertEqual(5, account(client.messages))
+
     def test_leader_that_is_killed_amid_it_takes_the_streams_along(self):
         class Killed(BaseException):
             pass
@@ -4409,15 +4419,16 @@ class RelayHeirTest(RelayCase):
             leader.die()
             raise Killed
 
-        def leave(*hubs):
-            self.assertRaises(Killed, RelayHeirTest.leave, self, *hubs)
+        def leave(leader, heir):
+            # Then it is killed before the last word.
+            leader.loop.inbox.left = lambda: kill(leader, heir)
+            self.assertRaises(Killed, RelayHeirTest.leave, self, leader, heir)
 
         heirs = []
 
-        for turns in range(3):
+        for turns in range(4):
             with mock.patch.object(self, 'leave', leave):
-                failed, other, client = self.fail_at(turns, kill)
-            self.assertTrue(failed)
+                _, other, client = self.fail_at(turns, kill)
             self.assertGoesOn(client, other, heirs.pop())
 
     def test_who_may_not_or_cannot_is_no_heir(self):

@@ -3378,8 +3378,6 @@ class _Bequest:
             due = inbox.count()
             leader.let_in()
             fanout.take(due, handed)
-            for each in [each for each in leader.streams if each.ended]:
-                leader.see_off(each)
             self._pass(list(leader.streams), self._loop.path)
             inbox.look = _no
             self._heir.send(b'lost %d' % inbox.left(), socket.MSG_NOSIGNAL)

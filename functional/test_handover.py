@@ -321,6 +321,8 @@ class HandoverTest(base.RelayTestCase):
             self.parent.ask('reap', pid=leader.pid)
             for worker in workers:
                 worker.ask('stop')
+            heir = 'the leader, pid %d,' % self.leader_pid()
+            base.wait_until(lambda: self.parent.log(heir), 'it is followed')
             workers.append(self.worker())
         emitted = sum(worker.ask('emitted') for worker in workers)
         with contextlib.closing(self.subscribe()) as subscriber:

@@ -201,7 +201,8 @@ class ServerTestCase(base.FunctionalTestCase):
         """
         with open(self.config, 'a') as config:
             config.write('sock_buffer_size = %d\n' % base.MIB)
-        server = self.serve(*arguments, WSGI_APP_PAD='4000')
+        server = self.serve(*arguments, WSGI_APP_PAD='4000',
+                            WSGI_APP_LAZY='1')  # or a master would lead
         # A worker that has emitted nothing yet is nobody's heir.
         base.wait_until(lambda: self.load(1) and len(self.pids()) > 3,
                         'all workers emit')
@@ -318,7 +319,8 @@ class UwsgiTest(ServerTestCase):
             other.process.stdin.close()
             other.wait_exit()
 
-        self.check_leaders(*self.uwsgi(), reload=reload)
+        self.check_leaders(*self.uwsgi('--max-requests-delta', '5'),
+                           reload=reload)
 
     def test_monkey_patched_worker_beside_another(self):
         """Where no hub runs between requests it sends inside notify()."""
@@ -383,7 +385,7 @@ class GunicornTest(ServerTestCase):
 
     def test_workers_lead(self):
         self.check_leaders(
-            *self.gunicorn(),   # preloaded, its master would lead
+            *self.gunicorn('--preload', '--max-requests-jitter', '20'),
             reload=lambda server: server.send_signal(signal.SIGHUP))
 
 

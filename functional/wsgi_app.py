@@ -14,9 +14,10 @@
 
 As real services do, it makes several Notifiers (with a driver each) when it
 is imported: wherever the server does that, in a worker or in the process
-that the workers are forked from. The environment variable WSGI_APP_CONFIG
-names the configuration file. The response tells what was emitted, in JSON:
-[source, number]; or null, if a mule of uWSGI was told to emit it.
+that the workers are forked from; or, with WSGI_APP_LAZY in the environment, at
+the first request. WSGI_APP_CONFIG there names the configuration file. The
+response tells what was emitted, in JSON: [source, number]; or null, if a mule
+of uWSGI was told to emit it.
 """
 
 import collections
@@ -41,15 +42,22 @@ logging.basicConfig(level=logging.INFO, stream=sys.stderr,
 conf = cfg.ConfigOpts()
 conf(['--config-file', os.environ['WSGI_APP_CONFIG']], project='wsgi_app')
 transport = oslo_messaging.get_notification_transport(conf)
-notifiers = [oslo_messaging.Notifier(transport, publisher_id='wsgi_app')
-             for _ in range(14)]
+notifiers = []
 numbers = collections.Counter()
 # What tells two interpreters in one process.
 interpreter = uuid.uuid4().hex
 
 
+def make_notifiers():
+    notifiers.extend(
+        oslo_messaging.Notifier(transport, publisher_id='wsgi_app')
+        for _ in range(14))
+
+
 def emit():
     """Emit a notification; tell its source and number."""
+    if not notifiers:
+        make_notifiers()
     source = '%d/%s/%d' % (os.getpid(), interpreter, threading.get_ident())
     number = numbers[source] = numbers[source] + 1
     notifiers[number % len(notifiers)].info({}, 'test.event', {
@@ -69,6 +77,10 @@ def application(environ, start_response):
     start_response('200 OK', [('Content-Type', 'application/json'),
                               ('Content-Length', str(len(body)))])
     return [body]
+
+
+if not os.environ.get('WSGI_APP_LAZY'):
+    make_notifiers()
 
 
 def be_mule():

@@ -102,10 +102,10 @@ class Service(publisher.Service):
         self.renew = how == 'renewed'
         return super().fork('fork' if self.renew else how, control)
 
-    def _be_child(self, control):
+    def be_child(self, control):
         if self.renew:
             hubs.use_hub()
-        super()._be_child(control)
+        super().be_child(control)
 
     def fork_to_emit(self, count):
         """Start a child that does nothing but emit, and exits."""

@@ -228,7 +228,7 @@ class Service:
 
     def log_to(self, path):
         """From now on, as a service does that sets up its log late."""
-        _set_up_logging(filename=path, force=True)
+        set_up_logging(filename=path, force=True)
 
     # Descriptors.
 
@@ -297,7 +297,7 @@ class Service:
                 raise PermissionError('unshare')
             pid = ctypes.PyDLL(None).fork() if how == 'bare' else os.fork()
             if not pid:
-                self._be_child(control)
+                self.be_child(control)
                 sys.exit(0)
             return pid
         if how in ('forkserver', 'spawn'):
@@ -305,7 +305,7 @@ class Service:
                 target=_spawned, args=(self.config_file, control))
         else:
             child = multiprocessing.get_context('fork').Process(
-                target=self._be_child, args=(control,))
+                target=self.be_child, args=(control,))
         if how == 'thread':
             _in_threads(1, lambda index: child.start())
         else:
@@ -337,7 +337,8 @@ class Service:
                 signal.pause()
         return pid
 
-    def _be_child(self, control):
+    def be_child(self, control):
+        """Act on commands that come by a Unix socket."""
         self.in_child = True
         with socket.socket(socket.AF_UNIX) as sock:
             sock.connect(control)
@@ -345,6 +346,12 @@ class Service:
                 self.serve(stream, stream)
         if self.end:
             self.end()
+
+    def be_master(self, workers, control):
+        """Be cotyledon's master from now on; there is no answer."""
+        import cotyledon_workers
+        self.end = lambda: cotyledon_workers.run_master(
+            self, workers, control)
 
     def pid(self):
         """As the process itself has it."""
@@ -388,8 +395,8 @@ def _raise():
 
 
 def _spawned(config_file, control):
-    _set_up_logging()
-    Service(config_file)._be_child(control)
+    set_up_logging()
+    Service(config_file).be_child(control)
 
 
 def _in_threads(count, function):
@@ -415,7 +422,8 @@ def _exit_ends():
             os.getpid(), time.perf_counter() - _exit_begun[-1]))
 
 
-def _set_up_logging(**kwargs):
+def set_up_logging(**kwargs):
+    """To stderr, unless told otherwise."""
     logging.basicConfig(level=logging.INFO, **(kwargs or dict(
         stream=sys.stderr)), format='%(levelname)s %(name)s %(message)s')
 
@@ -428,7 +436,7 @@ def main(service_class=Service):
     parser.add_argument('--uid', type=int)
     parser.add_argument('--umask', type=lambda text: int(text, 8))
     arguments = parser.parse_args()
-    _set_up_logging()
+    set_up_logging()
     # Answers alone go to what was stdout.
     answers = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1)

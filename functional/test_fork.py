@@ -19,7 +19,11 @@ last words, or the path would have no leader after the parent's death since
 the child holds what it inherited.
 """
 
+import importlib.util
+import multiprocessing
+import os
 import signal
+import socket
 
 import base
 
@@ -128,6 +132,38 @@ class ForkTest(base.RelayTestCase):
         parent.ask('reap', pid=child.pid)
         parent.ask('emit', count=10)
         self.assert_complete(subscriber, total + 10)
+
+    def test_workers_of_cotyledon(self):
+        """Forked or, as of Python 3.14, by a fork server."""
+        if importlib.util.find_spec('cotyledon') is None:
+            self.skipTest('cotyledon is not installed')
+        master, subscriber = self._start(leads=True)
+        control = os.path.join(self.directory, 'control')
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.settimeout(base.PATIENCE)
+            listener.bind(control)
+            listener.listen(2)
+            master.tell('be_master', workers=2, control=control)
+            workers = [self._worker(listener) for _ in range(2)]
+        for number, worker in enumerate(workers, 1):
+            worker.ask('emit', count=10)
+            self.assert_complete(subscriber, number * 10)
+        forked = multiprocessing.get_start_method() == 'fork'
+        self.assertEqual(
+            {'test.%d' % (master if forked else worker).pid
+             for worker in workers},
+            {message['publisher_id'] for message in subscriber.messages})
+        master.kill(signal.SIGTERM)
+        # Their last words, by os._exit() as followers.
+        subscriber.wait_end()
+        self.assert_complete(subscriber, 2 * (10 + 5))
+        self.assertEqual(0, master.wait_exit())
+
+    def _worker(self, listener):
+        worker = base.Child(0, listener.accept()[0])
+        self.addCleanup(worker.close)
+        worker.pid = worker.ask('pid')
+        return worker
 
     def test_forking_amid_notifications(self):
         parent, subscriber = self._start(leads=True,

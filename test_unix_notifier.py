@@ -452,11 +452,11 @@ class SteppedHub(unix_notifier._Hub):
             self.overdue()
             self.loop.step(0)
 
-    def finish(self):
+    def finish(self, seconds=WAIT):
         if not self.loop.closing:
             self.loop.closing = True
             self.loop.turn.outwait(0.01)
-            self._leave(time.monotonic() + WAIT)
+            self._leave(time.monotonic() + seconds)
 
     def late_event(self, subscriber):
         """One that was there before it parted."""
@@ -4144,7 +4144,7 @@ class RelayHeirTest(RelayCase):
             each_time()
 
         with fixtures.MonkeyPatch('time.sleep', nap):
-            leader.finish()
+            leader.finish(unix_notifier._EXIT_TIME)
         return len(naps)
 
     def clog(self, leader):
@@ -4350,7 +4350,7 @@ class RelayHeirTest(RelayCase):
         :returns: whether it was that far; the third one, and a client
         """
         self.patch('_ANSWER_TIME', 0.1)
-        self.patch('_EXIT_TIME', 0.2)
+        self.patch('_EXIT_TIME', 0.3)
         self.dir = self.useFixture(fixtures.TempDir()).path
         self.path = os.path.join(self.dir, 's')
         leader, other = self.make_pair()
@@ -4367,6 +4367,9 @@ class RelayHeirTest(RelayCase):
             if left[0] >= 0:
                 SteppedHub.turn(heir)
             elif left[0] == -1:
+                # The third one has to go on, too, and waits for a hello.
+                other.uplink_ends()
+                other.turn()
                 fail(leader, heir)
 
         leader.on_turn(before=client.read)
@@ -4384,6 +4387,76 @@ class RelayHeirTest(RelayCase):
 
     def settle(self, *hubs):
         return RelayPathTest.settle(self, *hubs)
+
+    def test_what_is_raised_after_the_last_word_changes_nothing(self):
+        """By a signal's handler, say: all is the heir's by then."""
+        leader, heir = self.make_pair()
+        client = self.connect(leader)
+        self.step(heir)
+        close_all = unix_notifier._close_all
+
+        def close(files):
+            close_all(files)
+            if leader.gate is unix_notifier._no:
+                raise TimeoutError
+
+        self.patch('_close_all', close)
+        self.assertRaises(TimeoutError, self.leave, leader, heir)
+        self.patch('_close_all', close_all)
+        heir.turn()
+        self.assertServed(heir, client)
+        self.assertServed(heir, self.connect(heir))
+
+    def test_what_was_taken_in_is_sent_though_nobody_can_be_let_in(self):
+        leader, heir = self.make_pair()
+        client = self.connect(leader)
+        self.step(heir)
+        self.emit(heir, range(3))
+        heir.turn()
+
+        def refuse():
+            refusing()
+            raise OSError(errno.EMFILE, 'a test')
+
+        refusing = leader.on_accept(before=refuse)
+        self.leave(leader, heir)
+        self.assertEqual(3, account(client.read()))
+        self.assertTrue(client.ended)
+
+    def test_rest_of_a_line_goes_with_it(self):
+        leader, heir = self.make_pair()
+        client = self.connect(leader)
+        self.step(heir)
+        leader.subscribers[0].sock.send(line(0)[:9])
+        leader.rest = line(0), 9
+        self.leave(leader, heir)
+        self.emit(heir, range(1, 3))
+        self.assertAccount(heir, 3, client)
+
+    def test_follower_that_has_just_come_may_be_the_heir(self):
+        leader = self.make_newcomer(self.make_settings())
+        leader.turn()
+        client = self.connect(leader)
+        heir = self.make_newcomer(leader.settings)
+        heir.turn()     # it has connected, and was not accepted
+        self.leave(leader, heir)
+        heir.turn()
+        self.assertServed(heir, client)
+
+    def test_leader_that_stops_amid_it_is_given_up(self):
+        class Stopped(BaseException):
+            pass
+
+        def stop():
+            raise Stopped
+
+        leader, heir = self.make_pair()
+        self.connect(leader)
+        self.step(heir)
+        self.patch('_EXIT_TIME', 0.1)
+        self.assertRaises(Stopped, self.leave, leader, heir, each_time=stop)
+        self.assertFalse(heir.follows)
+        wait_until(lambda: heir.turn() or heir.follows)
 
     def test_heir_that_is_killed_leaves_it_to_others(self):
         for turns in itertools.count():
@@ -4440,8 +4513,8 @@ class RelayHeirTest(RelayCase):
                 lambda leader, heir: leader.sources()[0].sock.shutdown(
                     socket.SHUT_WR),
                 lambda leader, heir: os.unlink(self.path),
-                lambda leader, heir: self.useFixture(fixtures.MonkeyPatch(
-                    'os.memfd_create', mock.Mock(side_effect=OSError)))):
+                lambda leader, heir: self.patch(
+                    '_memory_file', mock.Mock(side_effect=AttributeError))):
             leader, heir = self.make_pair()
             client = self.connect(leader)
             self.step(heir)

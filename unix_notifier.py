@@ -2258,7 +2258,7 @@ class _Places:
         """Close what another process has by now."""
         for each in self.taken:
             self._loop.files.unwatch(each.sock)
-            each.sock.close()
+        _close_all(each.sock for each in self.taken)
 
     def clear(self, subscriber, reason):
         """End the stream of a subscriber, or take note that it has ended."""
@@ -2708,7 +2708,7 @@ class _Hub:
         loop = self.loop
         with loop.turn.taken():
             loop.open()
-            if loop.role.hand_on(time.monotonic() + _EXIT_TIME / 2):
+            if loop.role.hand_on(deadline - _EXIT_TIME / 5):
                 loop.files.close()
                 return
             loop.role.cut_off()
@@ -3307,6 +3307,21 @@ def _inherited(owed, data, tail):
     return chunks
 
 
+def _close_all(files):
+    """Close them; a child that is forked amid that would keep them open."""
+    with _no_fork():
+        for each in files:
+            each.close()
+
+
+def _memory_file():
+    """A file without a name; not by os, where old Pythons lack it."""
+    fd = _libc.memfd_create(b'unix-notifier', 1)    # MFD_CLOEXEC
+    if fd < 0:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    return open(fd, 'wb')
+
+
 def _first_answer(channels, until):
     """Which of them answers first, until time.monotonic(); or None."""
     asked = list(channels)
@@ -3327,68 +3342,81 @@ def _first_answer(channels, until):
 
 
 class _Bequest:
-    """What a leader that leaves hands on, as it does: see the top."""
+    """A leader that leaves, as it hands on what it has: see the top."""
 
-    def __init__(self, loop, until):
-        self._loop = loop
+    def __init__(self, leader, relay, own, until):
+        self._leader = leader
+        self._relay = relay
+        self._own = own
         self._until = until     # time.monotonic()
         self._heir = None       # the channel to it
+        self._sent = []         # bytes of the last word
 
-    def ask(self, sources):
+    def ask(self):
         """Which of the followers will be the heir; None: nobody."""
         asked = {}
-        for source in list(sources)[:-_ASKED_MAX - 1:-1]:
+        for source in list(self._relay.sources)[:-_ASKED_MAX - 1:-1]:
             # Another uid may not remove what we bound.
             if source.greeted and source.uid == os.geteuid():
                 with contextlib.suppress(OSError):
                     asked[self._invite(source)] = source
         self._heir = _first_answer(asked, min(
             time.monotonic() + _ANSWER_TIME, self._until))
-        for each in asked:
-            if each is not self._heir:
-                each.close()
+        _close_all(each for each in asked if each is not self._heir)
         return asked.get(self._heir)
 
     def _invite(self, source):
         """The channel on which it may answer."""
         with _no_fork():
             ours, theirs = [
-                self._loop.files.own(lambda each=each: each)
-                for each in socket.socketpair(
-                    socket.AF_UNIX, socket.SOCK_SEQPACKET)]
+                self._own(lambda each=each: each) for each in
+                socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)]
         ours.setblocking(False)
         theirs.setblocking(False)   # there, too: it is the same open file
         try:
             socket.send_fds(source.sock, [_ASK], [theirs.fileno()],
                             socket.MSG_NOSIGNAL)
         except OSError:
-            ours.close()
+            _close_all([ours])
             raise
         finally:
-            theirs.close()
+            _close_all([theirs])
         return ours
 
-    def pass_on(self, leader, handed):
-        """Pass everything; an OSError: it is still ours.
+    def pass_on(self, loop):
+        """Pass everything, as far as it goes; then see passed().
 
         As in a turn: what is due, then who has come, for they get it, too.
         """
-        inbox, fanout = self._loop.inbox, self._loop.fanout
-        with self._heir:
+        inbox, fanout = loop.inbox, loop.fanout
+        try:
+            if inbox.rest is not None:
+                fanout.take_rest(self._leader.streams)
             due = inbox.count()
-            leader.let_in()
-            fanout.take(due, handed)
-            self._pass(list(leader.streams), self._loop.path)
+            self._leader.let_in()
+            fanout.take(due, self._relay.take())
+            self._pass(list(self._leader.streams), loop.path, fanout.backlog)
             inbox.look = _no
-            self._heir.send(b'lost %d' % inbox.left(), socket.MSG_NOSIGNAL)
+            last = b'lost %d' % inbox.left()
+            # As in _HandOver.send(): whatever is raised after it, it is known.
+            self._sent.extend(map(_libc.send, (self._heir.fileno(),), (last,),
+                                  (ctypes.c_size_t(len(last)),), (_AT_ONCE,)))
+        finally:
+            _close_all([self._heir])
 
-    def _pass(self, streams, path):
+    def passed(self):
+        """Whether the last word was said: then all is the heir's."""
+        return bool(self._sent) and self._sent[0] > 0
+
+    def _pass(self, streams, path, backlog):
         relay = path.bound['.relay']
-        with open(os.memfd_create('unix-notifier'), 'wb') as file:
-            file.writelines(_owed(
-                streams, self._loop.fanout.backlog.tail, relay.identity))
+        file = self._own(_memory_file)
+        try:
+            file.writelines(_owed(streams, backlog.tail, relay.identity))
             file.flush()
             self._tell(file, path.lock, relay.sock)
+        finally:
+            _close_all([file])
         for start in range(0, len(streams), _PASSED_MAX):
             self._tell(*(each.sock for each
                          in streams[start:start + _PASSED_MAX]))
@@ -3414,12 +3442,18 @@ class _Estate:
         self._data = b''
         self._socks = []        # of the streams
         self._lost = None       # by the leader meanwhile, once all is ours
-        self.over = False       # nothing came of it
+        self.over = False       # nothing came of it, or all was taken
+        loop.retry.at = time.monotonic()    # look_after(), again and again
+        self._until = loop.retry.at + _EXIT_TIME
         loop.files.watch(channel, self._on_message)
         self._answer()
 
     def is_ours(self):
         return self._lost is not None
+
+    def is_late(self):
+        """Whether the leader has had all the time that it has."""
+        return time.monotonic() > self._until
 
     def _answer(self):
         with contextlib.suppress(OSError):  # the end of it is read next
@@ -3432,7 +3466,7 @@ class _Estate:
                 self._take_message()
         except BlockingIOError:     # see _Event.clear()
             return
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError):
             self._close()
         if self.over or self.is_ours():
             self._loop.retry.at = time.monotonic()  # look_after(), at once
@@ -3527,11 +3561,9 @@ class _Estate:
         """Leave what is left to the leader: nothing is ended, nor unlocked."""
         self.over = True
         self._loop.files.unwatch(self._channel)
-        self._channel.close()
-        self._lock.close()
-        for each in (self._relay and self._relay.sock, *self._socks):
-            if each is not None:
-                each.close()
+        _close_all(filter(None, (
+            self._channel, self._lock, self._relay and self._relay.sock,
+            *self._socks)))
 
 
 class _Follower:
@@ -3555,7 +3587,11 @@ class _Follower:
     def look_after(self):
         loop, uplink = self._loop, self._uplink
         if self._inherits():
-            return self._succeed() if self._estate.is_ours() else self
+            if not (self._estate.is_ours() or self._estate.is_late()):
+                raise BlockingIOError(errno.EAGAIN, 'handed on by '
+                                      + uplink.who, self._relay_path)
+            if self._estate.finish():
+                return self._succeed()
         if uplink.sock is None:
             try:
                 leader = _Leader.claim(loop, functools.partial(
@@ -3655,7 +3691,10 @@ class _Follower:
                 or not uplink.greeted or uplink.uid != os.geteuid()):
             channel.close()
             return
-        self._estate = _Estate(loop, channel)
+        try:
+            self._estate = _Estate(loop, channel)
+        except OSError:     # it cannot be watched
+            _close_all([channel])
 
     def hand_on(self, until):
         """Who leaves is nobody's heir; if it is one already, it hands on."""
@@ -3863,27 +3902,45 @@ class _Relay:
 
     def hand_on(self, leader, until):
         """Whether an heir goes on with all, from now on."""
-        bequest = _Bequest(self._loop, until)
-        heir = leader.intact() and bequest.ask(self.sources)
-        if not heir:
-            return False
-        for each in self.sources:
-            self._drain(each)
+        loop = self._loop
+        bequest = _Bequest(leader, self, loop.files.own, until)
         try:
-            bequest.pass_on(leader, self.take())
-        except OSError:
-            return False    # what was sent up is in the backlog, for all
-        self._loop.visits.tell()
-        self._loop.log.say(logging.INFO, 'handed on to %s, %d subscribers',
-                           heir.who.partition(',')[0], len(leader.streams))
-        leader.let_go()
-        return True
+            heir = leader.intact() and self._meet() and bequest.ask()
+            if heir:
+                for each in self.sources:
+                    self._drain(each)
+                bequest.pass_on(loop)
+        except (OSError, AttributeError):   # there is no memfd
+            pass
+        finally:
+            if bequest.passed():
+                loop.visits.tell()
+                loop.log.say(
+                    logging.INFO, 'handed on to %s, %d subscribers',
+                    heir.who.partition(',')[0], len(leader.streams))
+                leader.let_go()
+        return bequest.passed()
+
+    def _meet(self):
+        """Hear who has come by now; whether anybody is there."""
+        self._let_in()
+        for each in list(self.sources):
+            if not each.greeted:
+                self._on_source(each, 0)
+        return bool(self.sources)
 
     def followed(self):
         # Asked, for one that left just now is still among them.
         return any(each.alive() for each in self.sources)
 
     def cut_off(self):
+        relay = self._path.bound.get('.relay')
+        if relay is not None:
+            # Whoever else has it open, such as one that was to be the heir,
+            # and is stopped: who waits there would wait for that.
+            _libc.shutdown(relay.sock.fileno(), socket.SHUT_RDWR)
+            with contextlib.suppress(OSError):
+                _let_go(relay.sock, self._loop.files.own)
         self._path.free('.relay')
         for each in self.sources:
             self._drain(each)

@@ -31,6 +31,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 from testtools import content
 
@@ -40,6 +41,7 @@ import unix_notifier
 LISTENER = (os.path.join(os.path.dirname(__file__), 'listener.py'),)
 # Of the tests in which workers lead. In a long run, 20000.
 REQUESTS = int(os.environ.get('RECYCLING_REQUESTS', 400))
+ROUNDS = REQUESTS // 50
 HERE = os.path.dirname(os.path.abspath(__file__))
 _CONFIG = """\
 [DEFAULT]
@@ -142,8 +144,11 @@ class ServerTestCase(base.FunctionalTestCase):
                 self.sources.add(emitted[0])
                 return tuple(emitted)
 
-    def load(self, count, paths=('/',), threads=4):
-        """Make requests in some threads; what they emitted."""
+    def load(self, count, paths=('/',), threads=4, pause=0):
+        """Make requests in some threads; what they emitted.
+
+        :param pause: seconds between two of a thread
+        """
         emitted = []
         problems = []
 
@@ -152,6 +157,7 @@ class ServerTestCase(base.FunctionalTestCase):
                 for number in range(count):
                     path = paths[number % len(paths)]
                     emitted.append(self.request(path))
+                    time.sleep(pause)
             except Exception as error:
                 problems.append(error)
 
@@ -163,9 +169,9 @@ class ServerTestCase(base.FunctionalTestCase):
         self.assertEqual([], problems)
         return emitted
 
-    def _new_worker(self, before):
+    def _answers_again(self):
         with contextlib.suppress(OSError, http.client.HTTPException):
-            return self.request()[0].split('/')[0] not in before
+            return self.request()
 
     def pids(self):
         """The processes that have answered."""
@@ -194,24 +200,31 @@ class ServerTestCase(base.FunctionalTestCase):
         self.assertEqual([], leader.troubles())
         return server
 
-    def check_leaders(self, *arguments, reload=None):
+    def check_leaders(self, *arguments):
         """Fail if a subscriber notices that workers are recycled.
 
-        :param reload: what to do to the server amid the requests
+        They all may leave at once, or not yet be there again, hence another
+        process is on the path; it is relieved again and again, or it would
+        lead for ever.
         """
         with open(self.config, 'a') as config:
             config.write('sock_buffer_size = %d\n' % base.MIB)
         server = self.serve(*arguments, WSGI_APP_PAD='4000',
                             WSGI_APP_LAZY='1')  # or a master would lead
-        # A worker that has emitted nothing yet is nobody's heir.
-        base.wait_until(lambda: self.load(1) and len(self.pids()) > 3,
-                        'all workers emit')
+        base.wait_until(lambda: self.load(1) and os.path.exists(self.path),
+                        'it is served')
+        nursery = self.publisher(is_open=False)
+        nursery.ask('load')
+        other = self._relieve(nursery, None)
         readers, stalled, listener = self._all_kinds()
         before = listener.ask('heard')['received']
-        emitted = self.load(REQUESTS // 8)
-        if reload is not None:
-            reload(server)
-        emitted += self.load(REQUESTS // 8)
+        emitted = []
+        for number in range(ROUNDS):
+            emitted += self.load(REQUESTS // 4 // ROUNDS, pause=0.02)
+            other = self._relieve(nursery, other)
+            if number == ROUNDS // 2:
+                server.send_signal(signal.SIGHUP)
+                base.wait_until(self._answers_again, 'it is there again')
         stalled.go()
         for each in (*readers, stalled):
             self._check_whole(each, set(emitted))
@@ -223,6 +236,17 @@ class ServerTestCase(base.FunctionalTestCase):
             heard['deliveries'], heard['lost'], heard['interrupted']))
         with open(self.log) as log:
             self.assertGreater(log.read().count('handed on to'), 4)
+
+    def _relieve(self, nursery, other):
+        """Have a new process follow, and then the other one leave."""
+        new = self.fork(nursery, 'fork')
+        new.ask('open')
+        if other is not None:
+            new.ask('emit', count=1)
+            time.sleep(0)
+            other.tell('leave')
+            nursery.ask('reap', pid=other.pid)
+        return new
 
     def _all_kinds(self):
         """Subscribers that read, one that will, and a listener's process."""
@@ -308,19 +332,9 @@ class UwsgiTest(ServerTestCase):
             count=20, pids=3)
 
     def test_workers_lead(self):
-        def reload(server):
-            """As it has no worker for a moment, others lead meanwhile."""
-            other = self.publisher()
-            other.wait_log('relayed')
-            before = self.pids()
-            server.send_signal(signal.SIGHUP)
-            other.wait_log('handed on to pid %d' % other.pid)
-            base.wait_until(lambda: self._new_worker(before), 'new workers')
-            other.process.stdin.close()
-            other.wait_exit()
-
-        self.check_leaders(*self.uwsgi('--max-requests-delta', '5'),
-                           reload=reload)
+        self.check_leaders(*self.uwsgi(
+            '--max-requests-delta', '20', '--forkbomb-delay', '0',
+            '--binary-path', sys.executable))
 
     def test_monkey_patched_worker_beside_another(self):
         """Where no hub runs between requests it sends inside notify()."""
@@ -384,9 +398,8 @@ class GunicornTest(ServerTestCase):
                            workers=2), count=20, pids=3)
 
     def test_workers_lead(self):
-        self.check_leaders(
-            *self.gunicorn('--preload', '--max-requests-jitter', '20'),
-            reload=lambda server: server.send_signal(signal.SIGHUP))
+        self.check_leaders(*self.gunicorn(
+            '--preload', '--max-requests-jitter', '80'))
 
 
 class ModWsgiTest(ServerTestCase):

@@ -19,12 +19,9 @@ forks, listens to 98 pairs of target and priority, in batches, and requeues.
 
 import json
 import os
-import subprocess
-import sys
-
-from testtools import content
 
 import base
+import consuming
 
 _CONFIG = """\
 [DEFAULT]
@@ -50,38 +47,15 @@ sinks:
 """
 
 
-class CeilometerTest(base.FunctionalTestCase):
-
-    # Seconds: it takes long to start.
-    DEFAULT_TIMEOUT = 300
+class CeilometerTest(consuming.ConsumerTestCase):
 
     def setUp(self):
         super().setUp()
-        for name, text in (('ceilometer.conf', _CONFIG),
-                           ('pipeline.yaml', _PIPELINE),
-                           ('event_pipeline.yaml', _EVENT_PIPELINE)):
-            with open(os.path.join(self.directory, name), 'w') as file:
-                file.write(text.format(directory=self.directory,
-                                       path=self.path))
-        self.log = os.path.join(self.directory, 'log')
-        self._start()
-
-    def _start(self):
-        command = os.path.join(os.path.dirname(sys.executable),
-                               'ceilometer-agent-notification')
-        with open(self.log, 'wb') as log:
-            process = subprocess.Popen(
-                [sys.executable, command, '--config-file',
-                 os.path.join(self.directory, 'ceilometer.conf')],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True)
-        self.addCleanup(base._kill_session, process)
-        self.addOnException(lambda _: self.addDetail(
-            'ceilometer', content.text_content(self._read_log())))
-
-    def _read_log(self):
-        with open(self.log, errors='replace') as log:
-            return log.read()
+        config = self.write('ceilometer.conf', _CONFIG)
+        self.write('pipeline.yaml', _PIPELINE)
+        self.write('event_pipeline.yaml', _EVENT_PIPELINE)
+        self.start(self.command('ceilometer-agent-notification',
+                                '--config-file', config))
 
     def outputs(self):
         """The events in ceilometer's output."""
@@ -129,4 +103,4 @@ class CeilometerTest(base.FunctionalTestCase):
             publisher.wait_exit()
         self.assertEqual(300, len(set(fed)))
         self.assertEqual(sorted(fed), sorted(self.events()))
-        self.assertNotIn('Traceback', self._read_log())
+        self.assertEqual([], self.log('Traceback'))

@@ -64,6 +64,7 @@ class Service:
         self.conf = cfg.ConfigOpts()
         self.conf(['--config-file', config_file], project='publisher')
         self.notifier = None
+        self.notifiers = {}         # by topic, of emit_events
         self.ctxt = {}              # of what is emitted
         self.end = None             # how to end, once told to
         self.in_child = False
@@ -146,6 +147,21 @@ class Service:
                     publisher_id=message['publisher_id'])
                 method = getattr(emitter, message['priority'].lower())
                 method({}, message['event_type'], message['payload'])
+
+    def emit_events(self, events, ctxt=None, pause=0):
+        """Emit events: topic, publisher_id, event_type and payload of each.
+
+        :param ctxt: arguments of the request context, if there is to be one
+        """
+        ctxt = {} if ctxt is None else context.RequestContext(**ctxt)
+        for topic, publisher_id, event_type, payload in events:
+            emitter = self.notifiers.get(topic)
+            if emitter is None:
+                self.open([topic])
+                emitter = self.notifiers[topic] = self.notifier
+            emitter.prepare(publisher_id=publisher_id).info(
+                ctxt, event_type, payload)
+            time.sleep(pause)
 
     def start(self, threads=1, size=0, pause=0):
         """Emit without end in threads, from number 1 on, until ``stop``."""

@@ -384,21 +384,23 @@ def throughput(bench):
 def workers(bench):
     """All processes flat out into one subscriber, against one alone."""
     costs = collections.defaultdict(dict)
-    for number in range(bench.rounds):
-        for count in (1, WORKERS):
-            progress('%d, round %d of %d' % (count, number + 1, bench.rounds))
-            with bench.apart() as apart:
-                costs['%d publishing' % count][number] = together(
-                    apart, count)
-    return rows(costs, 'us/message', {tuple(costs)[::-1]: 1})
+    for number, count, system in itertools.product(
+            range(bench.rounds), (1, WORKERS),
+            filter(peers.available, ('unix', peers.OLD + 'unix'))):
+        what = system.replace('unix', '%d publishing' % count)
+        progress('%s, round %d of %d' % (what, number + 1, bench.rounds))
+        with bench.apart() as apart:
+            costs[what][number] = together(apart, system, count)
+    return rows(costs, 'us/message', {
+        ('%d publishing' % WORKERS, '1 publishing'): 1})
 
 
-def together(bench, count):
+def together(bench, system, count):
     """Microseconds for a message of so many publishers of one path."""
     path = bench.path()
-    publishers = [bench.remote(peers.Publisher) for _ in range(count)]
+    publishers = [bench.publisher(system, path, True) for _ in range(count)]
     for each in publishers:
-        each.open('unix', path, 1, True)
+        each.open(system, path, 1, True)
     subscriber = bench.remote(peers.Subscribers)
     subscriber.open('unix', path, 1)
     for each in publishers:

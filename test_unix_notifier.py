@@ -4562,8 +4562,9 @@ class RelayHeirTest(RelayCase):
             leader, heir = self.make_pair()
             client = self.connect(leader)
             self.step(heir)
-            with mock.patch('unix_notifier._Bequest._tell', lambda each, *_: (
-                    each._heir.send(data))):
+            with mock.patch.object(
+                    unix_notifier._Bequest, '_tell',
+                    lambda each, *_: each._heir.send(data)):
                 self.leave(leader, heir)
             self.assertTrue(client.read() or client.ended)
             self.assertIs(heir, self.settle(heir))

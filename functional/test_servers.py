@@ -237,7 +237,7 @@ class ServerTestCase(base.FunctionalTestCase):
             heard['deliveries'], heard['lost'], heard['interrupted']))
         with open(self.log) as log:
             here = log.read().count('handed on to')
-        self.assertGreater(here, 2)
+        self.assertGreater(here, 0)
         self.assertGreater(here + len(nursery.log('handed on to')), 5)
 
     def _relieve(self, nursery, other):

@@ -4465,20 +4465,20 @@ class RelayHeirTest(RelayCase):
             if not failed:
                 break
             self.assertGoesOn(client, other)
-        self.assertEqual(3, turns)  # asked, then the lock, then streams
+        self.assertEqual(4, turns)  # asked, lock, what is owed, streams
 
     def test_heir_that_stops_is_passed_over(self):
-        for turns in range(3):
+        for turns in range(4):
             failed, other, client = self.fail_at(turns, lambda *_: None)
             self.assertTrue(failed)
             self.assertGoesOn(client, other)
             self.assertEqual(5, account(client.messages))
 
     def test_heir_that_leaves_before_it_has_all_leaves_it_to_others(self):
-        for turns in range(1, 4):
+        for turns in range(1, 5):
             failed, other, client = self.fail_at(
                 turns, lambda _, heir: heir.finish())
-            self.assertEqual(turns < 3, failed)
+            self.assertEqual(turns < 4, failed)
             if failed:
                 self.assertGoesOn(client, other)
                 self.assertEqual(5, account(client.messages))
@@ -4499,7 +4499,7 @@ class RelayHeirTest(RelayCase):
 
         heirs = []
 
-        for turns in range(4):
+        for turns in range(5):
             with mock.patch.object(self, 'leave', leave):
                 _, other, client = self.fail_at(turns, kill)
             self.assertGoesOn(client, other, heirs.pop())

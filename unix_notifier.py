@@ -3411,13 +3411,21 @@ class _Bequest:
         """Whether the last word was said: then all is the heir's."""
         return bool(self._sent) and self._sent[0] > 0
 
+    def pass_path(self, path):
+        """Pass lock and relay; an OSError: they are still ours.
+
+        Before the followers are drained, who come back at once: from here on
+        the kernel tells them that it is the heir whom they follow.
+        """
+        self._tell(path.lock, path.bound['.relay'].sock)
+
     def _pass(self, streams, path, backlog):
-        relay = path.bound['.relay']
         file = self._own(_memory_file)
         try:
-            file.writelines(_owed(streams, backlog.tail, relay.identity))
+            file.writelines(_owed(streams, backlog.tail,
+                                  path.bound['.relay'].identity))
             file.flush()
-            self._tell(file, path.lock, relay.sock)
+            self._tell(file)
         finally:
             _close_all([file])
         for start in range(0, len(streams), _PASSED_MAX):
@@ -3440,8 +3448,9 @@ class _Estate:
         self._loop = loop
         self._channel = channel
         self._lock = _Lock(loop.path.lock.path)
-        self._relay = None
-        self._chunks = self._streams = None     # what _owed() told of them
+        self._relay = None      # a socket
+        # What _owed() told of the relay, of chunks and of streams.
+        self._identity = self._chunks = self._streams = None
         self._data = b''
         self._socks = []        # of the streams
         self._lost = None       # by the leader meanwhile, once all is ours
@@ -3505,22 +3514,24 @@ class _Estate:
         self._lost = int(last[1])
 
     def _take_in(self, *fds):
-        path, own = self._loop.path, self._loop.files.own
-        if self._chunks is not None:
+        """Lock and relay; then what is owed; then streams, some at a time."""
+        own = self._loop.files.own
+        if self._relay is None:
+            lock, relay = fds
+            own(self._lock.adopt, lock)
+            self._relay = own(_unix_socket, relay)
+            if not self._lock.intact():
+                raise ValueError
+            self._relay.listen(_BACKLOG)    # see _Bequest.pass_path()
+        elif self._streams is None:
+            file, = fds
+            # In few calls: beside busy threads each waits 5 ms for the GIL.
+            head, _, self._data = os.pread(
+                file, os.fstat(file).st_size, 0).partition(b'\n')
+            os.close(file)
+            self._identity, self._chunks, self._streams = json.loads(head)
+        else:
             self._socks += [own(_unix_socket, fd) for fd in fds]
-            return
-        file, lock, relay = fds
-        # In few calls: beside busy threads each waits 5 ms for the GIL.
-        head, _, self._data = os.pread(
-            file, os.fstat(file).st_size, 0).partition(b'\n')
-        os.close(file)
-        identity, self._chunks, self._streams = json.loads(head)
-        sock = own(_unix_socket, relay)
-        self._relay = _Bound(path.name('.relay'), sock, identity)
-        own(self._lock.adopt, lock)
-        if not self._lock.intact():
-            raise ValueError
-        sock.listen(_BACKLOG)   # so that it is we whom they follow
 
     def lead(self, uplink, listener):
         """Be the leader, with all that the last one had: returns the role.
@@ -3544,7 +3555,8 @@ class _Estate:
         """Have the path's lock and relay from here: as _Path.take()."""
         path.lock.close()
         path.lock, self._lock = self._lock, path.lock
-        path.put(self._relay, '.relay')
+        path.put(_Bound(path.name('.relay'), self._relay, self._identity),
+                 '.relay')
         self._relay = None
         with contextlib.suppress(OSError):  # full; all but the pid is there
             path.lock.write(())
@@ -3565,8 +3577,7 @@ class _Estate:
         self.over = True
         self._loop.files.unwatch(self._channel)
         _close_all(filter(None, (
-            self._channel, self._lock, self._relay and self._relay.sock,
-            *self._socks)))
+            self._channel, self._lock, self._relay, *self._socks)))
 
 
 class _Follower:
@@ -3906,6 +3917,7 @@ class _Relay:
         try:
             heir = leader.intact() and self._meet() and bequest.ask()
             if heir:
+                bequest.pass_path(self._path)
                 for each in self.sources:
                     self._drain(each)
                 bequest.pass_on(loop)

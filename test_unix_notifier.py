@@ -4121,11 +4121,9 @@ class RelayHeirTest(RelayCase):
 
     """Relay: a leader that leaves hands on what it has."""
 
-    def setUp(self):
-        super().setUp()
-        # A busy machine is not what is tried.
-        self.patch('_ANSWER_TIME', WAIT)
-        self.patch('_EXIT_TIME', 2 * WAIT)
+    # Seconds: a busy machine is not what is tried.
+    answer_time = WAIT
+    exit_time = 2 * WAIT
 
     def leave(self, leader, *others, each_time=lambda: None):
         """Have it leave; the others take a turn whenever it waits for one.
@@ -4143,8 +4141,10 @@ class RelayHeirTest(RelayCase):
             self.step(*others)
             each_time()
 
-        with fixtures.MonkeyPatch('time.sleep', nap):
-            leader.finish(unix_notifier._EXIT_TIME)
+        with fixtures.MonkeyPatch('time.sleep', nap), mock.patch.multiple(
+                unix_notifier, _ANSWER_TIME=self.answer_time,
+                _EXIT_TIME=self.exit_time):
+            leader.finish(self.exit_time)
         return len(naps)
 
     def clog(self, leader):
@@ -4349,8 +4349,7 @@ class RelayHeirTest(RelayCase):
 
         :returns: whether it was that far; the third one, and a client
         """
-        self.patch('_ANSWER_TIME', 0.1)
-        self.patch('_EXIT_TIME', 0.3)
+        self.answer_time, self.exit_time = 0.1, 0.3
         self.dir = self.useFixture(fixtures.TempDir()).path
         self.path = os.path.join(self.dir, 's')
         leader, other = self.make_pair()
@@ -4453,7 +4452,7 @@ class RelayHeirTest(RelayCase):
         leader, heir = self.make_pair()
         self.connect(leader)
         self.step(heir)
-        self.patch('_EXIT_TIME', 0.1)
+        self.exit_time = 0.1
         self.assertRaises(Stopped, self.leave, leader, heir, each_time=stop)
         self.assertFalse(heir.follows)
         wait_until(lambda: heir.turn() or heir.follows)

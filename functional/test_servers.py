@@ -241,20 +241,15 @@ class ServerTestCase(base.FunctionalTestCase):
         self.assertGreater(here + len(nursery.log('handed on to')), 5)
 
     def _relieve(self, nursery, other):
-        """Have a new process follow, and then the other one leave.
-
-        A worker is to lead next, so the new one cannot just then.
-        """
+        """Have a new process follow, and then the other one leave."""
         new = self.fork(nursery, 'fork')
         count = len(nursery.log('relayed to'))
         new.ask('open')
         base.wait_until(lambda: len(nursery.log('relayed to')) > count,
                         'it follows')
         if other is not None:
-            base.stop(new.pid)
             other.tell('leave')
             nursery.ask('reap', pid=other.pid)
-            new.kill(signal.SIGCONT)
         return new
 
     def _all_kinds(self):

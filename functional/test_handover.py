@@ -305,10 +305,10 @@ class HandoverTest(base.RelayTestCase):
         return hoarder
 
     def test_leader_leaves_while_followers_emit(self):
-        """Who reads notices nothing of it, a dozen in a row."""
+        """Who reads notices nothing of it, half a dozen in a row."""
         workers = self.start_workers(4, buffer_size=256 * base.MIB)
         reader = self._hoarder()
-        for number in range(12):
+        for number in range(6):
             for worker in workers:
                 worker.ask('start', threads=2, pause=0.0002 * (number % 3))
             lines = reader.lines

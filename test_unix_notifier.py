@@ -3839,6 +3839,17 @@ class RelayCase(HubCase):
         for hub in hubs:
             hub.turn()
 
+    def settle(self, *hubs):
+        """Let them look after the path until one leads and the rest follow."""
+        def settled():
+            for hub in hubs:
+                hub.look_again()
+            return all(hub.leads or hub.follows for hub in hubs)
+
+        wait_until(settled)
+        leader, = (hub for hub in hubs if hub.leads)
+        return leader
+
 
 class RelayStartTest(RelayCase):
 
@@ -4384,9 +4395,6 @@ class RelayHeirTest(RelayCase):
             client.receive()
         account(client.messages)
 
-    def settle(self, *hubs):
-        return RelayPathTest.settle(self, *hubs)
-
     def test_what_is_raised_after_the_last_word_changes_nothing(self):
         """By a signal's handler, say: all is the heir's by then."""
         leader, heir = self.make_pair()
@@ -4512,8 +4520,10 @@ class RelayHeirTest(RelayCase):
                 lambda leader, heir: leader.sources()[0].sock.shutdown(
                     socket.SHUT_WR),
                 lambda leader, heir: os.unlink(self.path),
-                lambda leader, heir: self.patch(
-                    '_memory_file', mock.Mock(side_effect=AttributeError))):
+                lambda leader, heir: self.useFixture(
+                    fixtures.MockPatchObject(
+                        unix_notifier._libc, 'memfd_create',
+                        side_effect=AttributeError))):
             leader, heir = self.make_pair()
             client = self.connect(leader)
             self.step(heir)
@@ -4579,17 +4589,6 @@ class RelayPathTest(RelayCase):
         """As at its end, amid whatever: it owes nobody anything."""
         leader.vacate()
         leader.die()
-
-    def settle(self, *hubs):
-        """Let them look after the path until one leads and the rest follow."""
-        def settled():
-            for hub in hubs:
-                hub.look_again()
-            return all(hub.leads or hub.follows for hub in hubs)
-
-        wait_until(settled)
-        leader, = (hub for hub in hubs if hub.leads)
-        return leader
 
     def test_who_leads_knows_at_once_that_nobody_is_there(self):
         """It does not sleep before, with the gate open for who waits."""

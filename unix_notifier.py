@@ -945,6 +945,10 @@ class _Chunk:
         """A chunk that one subscriber alone sends, before this one."""
         return _Chunk(self.start, first, data, lost, reason, self)
 
+    def before(self, offset):
+        """Notifications before this byte of it, of lines, since the start."""
+        return self.first + self.data.count(b'\n', 0, offset)
+
 
 class _Backlog:
     """What subscribers have yet to send: a linked list of chunks.
@@ -1006,8 +1010,7 @@ class _Subscriber:
         self.chunk = start.chunk if start else backlog.tail
         self.offset = start.offset if start else 0  # bytes that were sent
         # The account, in notifications: see received().
-        self.joined = self.chunk.first + self.chunk.data.count(
-            b'\n', 0, self.offset)
+        self.joined = self.chunk.before(self.offset)
         self.lost = 0           # reported as lost
         self.lagging = None     # ``lost`` when it began to lag
 
@@ -1076,8 +1079,7 @@ class _Subscriber:
 
     def received(self):
         """How many were sent: what is before the cursor and was not lost."""
-        return (self.chunk.first - self.joined - self.lost
-                + self.chunk.data.count(b'\n', 0, self.offset))
+        return self.chunk.before(self.offset) - self.joined - self.lost
 
     def trim(self, backlog):
         """Skip the oldest lines if too far behind; whether any were.
@@ -1096,9 +1098,9 @@ class _Subscriber:
         if start < sent:
             end = data.index(b'\n', sent) + 1
         # A line counts for one; a record, which is a chunk, for more.
-        first = here.first + data.count(b'\n', 0, start)
+        first = here.before(start)
         after = (here.next.first if 0 < end == len(data)
-                 else here.first + data.count(b'\n', 0, end))
+                 else here.before(end))
         lost = chunk.first - after
         if lost:
             chunk = chunk.preceded(after, b'', lost, self.slow)
@@ -1213,6 +1215,13 @@ def _close(sock):
             _libc.close(fd)
         else:
             _libc.pthread_detach(thread)
+
+
+def _close_all(files):
+    """Close them; a child that is forked amid that would keep them open."""
+    with _no_fork():
+        for each in files:
+            each.close()
 
 
 # -- any thread ---------------------------------------------------------------
@@ -3115,8 +3124,7 @@ class _Uplink(_Subscriber):
         chunk = self.chunk
         if self.offset:
             chunk = chunk.next.preceded(
-                chunk.first + chunk.data.count(b'\n', 0, self.offset),
-                chunk.data[self.offset:], 0, None)
+                chunk.before(self.offset), chunk.data[self.offset:], 0, None)
         if lost:
             chunk = chunk.preceded(chunk.first - lost, b'', lost, reason)
         self.chunk, self.offset = chunk, 0
@@ -3310,16 +3318,11 @@ def _inherited(owed, data, tail):
     return chunks
 
 
-def _close_all(files):
-    """Close them; a child that is forked amid that would keep them open."""
-    with _no_fork():
-        for each in files:
-            each.close()
-
-
 def _memory_file():
     """A file without a name; not by os, where old Pythons lack it."""
-    fd = _libc.memfd_create(b'unix-notifier', 1)    # MFD_CLOEXEC
+    fd = -1
+    with contextlib.suppress(AttributeError):   # of an old libc
+        fd = _libc.memfd_create(b'unix-notifier', 1)    # MFD_CLOEXEC
     if fd < 0:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
     return open(fd, 'wb')
@@ -3392,24 +3395,25 @@ class _Bequest:
         As in a turn: what is due, then who has come, for they get it, too.
         """
         inbox, fanout = loop.inbox, loop.fanout
-        try:
-            if inbox.rest is not None:
-                fanout.take_rest(self._leader.streams)
-            due = inbox.count()
-            self._leader.let_in()
-            fanout.take(due, self._relay.take())
-            self._pass(list(self._leader.streams), loop.path, fanout.backlog)
-            inbox.look = _no
-            last = b'lost %d' % inbox.left()
-            # As in _HandOver.send(): whatever is raised after it, it is known.
-            self._sent.extend(map(_libc.send, (self._heir.fileno(),), (last,),
-                                  (ctypes.c_size_t(len(last)),), (_AT_ONCE,)))
-        finally:
-            _close_all([self._heir])
+        if inbox.rest is not None:
+            fanout.take_rest(self._leader.streams)
+        due = inbox.count()
+        self._leader.let_in()
+        fanout.take(due, self._relay.take())
+        self._pass(list(self._leader.streams), loop.path, fanout.backlog)
+        inbox.look = _no
+        last = b'lost %d' % inbox.left()
+        # As in _HandOver.send(): whatever is raised after it, it is known.
+        self._sent.extend(map(_libc.send, (self._heir.fileno(),), (last,),
+                              (ctypes.c_size_t(len(last)),), (_AT_ONCE,)))
 
     def passed(self):
         """Whether the last word was said: then all is the heir's."""
         return bool(self._sent) and self._sent[0] > 0
+
+    def close(self):
+        """If the last word was not said, the heir hears that it is none."""
+        _close_all(filter(None, (self._heir,)))
 
     def pass_path(self, path):
         """Pass lock and relay; an OSError: they are still ours.
@@ -3701,14 +3705,12 @@ class _Follower:
         files it would write to: a channel that is closed says so.
         """
         loop, uplink = self._loop, self._uplink
-        if (self._inherits() or loop.closing or loop.starves
+        if not (self._inherits() or loop.closing or loop.starves
                 or not uplink.greeted or uplink.uid != os.geteuid()):
-            channel.close()
-            return
-        try:
-            self._estate = _Estate(loop, channel)
-        except OSError:     # it cannot be watched
-            _close_all([channel])
+            with contextlib.suppress(OSError):      # it cannot be watched
+                self._estate = _Estate(loop, channel)
+                return
+        _close_all([channel])
 
     def hand_on(self, until):
         """Who leaves is nobody's heir; if it is one already, it hands on."""
@@ -3913,24 +3915,25 @@ class _Relay:
     def hand_on(self, leader, until):
         """Whether an heir goes on with all, from now on."""
         loop = self._loop
-        bequest = _Bequest(leader, self, loop.files.own, until)
-        try:
-            heir = leader.intact() and self._meet() and bequest.ask()
-            if heir:
-                bequest.pass_path(self._path)
-                for each in self.sources:
-                    self._drain(each)
-                bequest.pass_on(loop)
-        except (OSError, AttributeError):   # there is no memfd
-            pass
-        finally:
-            if bequest.passed():
-                loop.visits.tell()
-                loop.log.say(
-                    logging.INFO, 'handed on to %s, %d subscribers',
-                    heir.who.partition(',')[0], len(leader.streams))
-                leader.let_go()
-        return bequest.passed()
+        with contextlib.closing(_Bequest(
+                leader, self, loop.files.own, until)) as bequest:
+            try:
+                heir = leader.intact() and self._meet() and bequest.ask()
+                if heir:
+                    bequest.pass_path(self._path)
+                    for each in self.sources:
+                        self._drain(each)
+                    bequest.pass_on(loop)
+            except OSError:
+                pass    # all is still ours, unless passed() says otherwise
+            finally:
+                if bequest.passed():
+                    loop.visits.tell()
+                    loop.log.say(
+                        logging.INFO, 'handed on to %s, %d subscribers',
+                        heir.who.partition(',')[0], len(leader.streams))
+                    leader.let_go()
+            return bequest.passed()
 
     def _meet(self):
         """Hear who has come by now; whether anybody is there."""

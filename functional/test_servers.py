@@ -218,14 +218,7 @@ class ServerTestCase(base.FunctionalTestCase):
         other = self._relieve(nursery, None)
         readers, stalled, listener = self._all_kinds()
         before = listener.ask('heard')['received']
-        emitted = []
-        for number in range(ROUNDS):
-            emitted += self.load(REQUESTS // 4 // ROUNDS, pause=0.02)
-            if number != ROUNDS // 2:
-                other = self._relieve(nursery, other)
-            else:
-                server.send_signal(signal.SIGHUP)
-                base.wait_until(self._answers_again, 'it is there again')
+        emitted = self._recycle(server, nursery, other)
         stalled.go()
         for each in (*readers, stalled):
             self._check_whole(each, set(emitted))
@@ -239,6 +232,19 @@ class ServerTestCase(base.FunctionalTestCase):
             here = log.read().count('handed on to')
         self.assertGreater(here, 0)
         self.assertGreater(here + len(nursery.log('handed on to')), 5)
+
+    def _recycle(self, server, nursery, other):
+        """Have workers leave, one by one and at a reload; what was emitted."""
+        emitted = []
+        for number in range(ROUNDS):
+            # No faster than a server makes up for workers that leave.
+            emitted += self.load(REQUESTS // 4 // ROUNDS, pause=0.02)
+            if number != ROUNDS // 2:
+                other = self._relieve(nursery, other)
+            else:
+                server.send_signal(signal.SIGHUP)
+                base.wait_until(self._answers_again, 'it is there again')
+        return emitted
 
     def _relieve(self, nursery, other):
         """Have a new process follow, and then the other one leave."""

@@ -4305,6 +4305,17 @@ class RelayHeirTest(RelayCase):
         self.assertAccount(leader, 50, client)
         self.assertEqual(1, len(set(files)), files)
 
+    def test_nobody_rests_meanwhile(self):
+        """As after visits: what a leader says is none, nor is a takeover."""
+        leader, heir = self.make_pair()
+        client = self.connect(leader)
+        self.step(heir, leader, heir)
+        with mock.patch.object(unix_notifier._Visits, 'slow_down',
+                               autospec=True) as rest:
+            self.leave(leader, heir)
+            self.assertServed(heir, client)
+        rest.assert_not_called()
+
     def test_who_comes_meanwhile_misses_nothing(self):
         leader, heir = self.make_pair()
         self.connect(leader)

@@ -4461,6 +4461,33 @@ class RelayHeirTest(RelayCase):
         heir.turn()
         self.assertServed(heir, client)
 
+    def test_what_comes_too_late_may_come_while_it_is_counted(self):
+        """From threads that had found the gate open."""
+        leader, heir = self.make_pair()
+        client = self.connect(leader)
+        self.step(heir)
+        late, islice = itertools.count(), itertools.islice
+
+        def emit():
+            if leader.gate is unix_notifier._no:
+                leader.gate = unix_notifier._yes
+                leader.emit(numbered(next(late)))
+
+        def emit_amid(*arguments):
+            sliced = islice(*arguments)
+            leader.gate = unix_notifier._no
+            emit()
+            return sliced
+
+        leader.on_work(before=emit)
+        with mock.patch.object(itertools, 'islice', emit_amid):
+            self.leave(leader, heir)
+        self.assertEqual(2, next(late))
+        heir.turn()
+        self.assertEqual([1], [each['payload']['lost']
+                               for each in client.read()])
+        self.assertServed(heir, client)
+
     def test_leader_that_stops_amid_it_is_given_up(self):
         class Stopped(BaseException):
             pass

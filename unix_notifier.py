@@ -1273,8 +1273,8 @@ class _Event:
 
 def _poll(*filenos):
     """A look at descriptors, in this order; 0.5 us, for it has no frame."""
-    # An array of struct pollfd. All threads share it: each keeps the GIL for
-    # the whole of the call.
+    # An array of struct pollfd. All threads share it: the kernel reads it,
+    # returns a count of its own, and writes to what nobody looks at.
     pollfds = ctypes.create_string_buffer(b''.join(
         struct.pack('ihh', fileno, select.POLLIN, 0) for fileno in filenos))
     # Without an object for the number, of which Linux reads an int.
@@ -1427,9 +1427,9 @@ class _Inbox:
 
     def left(self):
         """How many came and will not be sent from here, as of now."""
-        due = self.count()
+        due, lines = self.count(), self.lines.copy()    # they may go on
         return self.lost + sum(
-            line is not None for line in itertools.islice(self.lines, due))
+            line is not None for line in itertools.islice(lines, due))
 
     def take(self, due):
         """Yield what is due, in batches.

@@ -2069,6 +2069,11 @@ class QueueTest(HubCase):
         self.pump(hub, client, 71)
         self.assertEqual([2, 2], lost(client.messages))
 
+    def test_drops_at_once_count_once_without_a_gil(self):
+        self.useFixture(fixtures.MockPatchObject(
+            sys, '_is_gil_enabled', lambda: False, create=True))
+        self.test_drops_at_once_count_once_and_in_place()
+
     def test_nothing_is_queued_behind_an_open_gap(self):
         hub = self.make_hub(sock_buffer_size=65536)
         client, encode = self.connect(hub), unix_notifier._encode

@@ -1282,6 +1282,25 @@ def _poll(*filenos):
         _libc.poll, ctypes.byref(pollfds), len(filenos), 0)
 
 
+def _counter():
+    """``itertools.count()``, of which each next() is one step in any case.
+
+    Without a GIL none is promised for that. The lock is free at once: who
+    holds it counts, and does nothing else. Not of threading, where it might
+    be a green one's; and a signal's handler, too, may come amid, and count.
+    """
+    numbers = itertools.count()
+    if getattr(sys, '_is_gil_enabled', _yes)():
+        return numbers
+    lock = _thread.RLock()
+
+    def count():
+        with lock:
+            return next(numbers)
+
+    return iter(count, None)
+
+
 _yes = functools.partial(bool, True)    # somebody is, or may be, there
 _no = functools.partial(bool, False)    # nobody can be
 
@@ -1314,7 +1333,7 @@ class _Inbox:
         self.room = settings.buffer_size // _QUEUE_UNIT
         self.ahead = self.room // 2     # from here on they give way
         self.rest = None        # a line, and how much of it was handed over
-        self.drops = itertools.count()  # next() is atomic, += is not
+        self.drops = _counter()     # += is not one step
         self.gap = None         # the last drop, or one of the last
         self.asleep = True      # the loop must be woken, or started
         self.waker = None

@@ -372,13 +372,15 @@ class SteppedHub(unix_notifier._Hub):
     retry_at = inside('loop.retry.at')
     room = inside('loop.inbox.room')
     selector = inside('loop.files._selector')
+    settings = inside('loop.settings')
     starting = inside('_starting')
     tell_visits_at = inside('loop.visits.at')
     vacate = inside('loop.path.lock.vacate')
     wake = inside('loop.inbox.wake')
     waker = inside('loop.inbox.waker')
-    anyone_seen = property(
-        lambda self: bool(getattr(self.loop.role, '_look', self.gate)()))
+    anyone_seen = property(lambda self: bool(
+        (self.loop.role.clear()[0] if self.served or self.loop.role.streams
+         else self.gate)()))
     bytes_queued = property(
         lambda self: sum(map(len, filter(None, self.loop.inbox.lines))))
     descriptors = property(
@@ -3746,8 +3748,7 @@ class DriverTest(TestCase):
         def bad_close():
             raise ZeroDivisionError
 
-        hubs = {name: types.SimpleNamespace(
-            close=close, settings=self.make_settings()) for name, close in (
+        hubs = {name: mock.Mock(close=close) for name, close in (
                 ('a', bad_close), ('b', lambda: closed.append(1)))}
         unix_notifier._hubs[os.getpid()] = hubs
         unix_notifier._at_exit()
@@ -3791,8 +3792,8 @@ class SteppedRelayHub(SteppedHub):
         lambda self: not self.leads and self.loop.role._uplink.greeted
         and not self.loop.role._inherits())
     leads = property(lambda self: self.served)
-    passed = inside('loop.role._passed.sock')
-    presence = inside('loop.role._presence')
+    passed = inside('loop.role._sight.listener.sock')
+    presence = inside('loop.role._sight._presence')
     uplink = inside('loop.role._uplink')
     looks_at = property(lambda self: tuple(each.fileno() for each in (
         self.passed, self.presence, self.uplink.sock)))

@@ -831,7 +831,6 @@ def _bind(sock, path, mode, lock, gid=None, backlog=None):
     """
     bound = file = None
     try:
-        sock.setblocking(False)
         now = time.time()
         sock.bind(path)
         # Of what was bound, not of what the name says by now: whoever may
@@ -883,7 +882,6 @@ def _is_socket(*paths):
 def _answers(path):
     """Whether a process listens at the path."""
     with _no_fork(), _unix_socket() as probe:   # a child would subscribe
-        probe.setblocking(False)
         # EAGAIN: its backlog is full. Whatever else: not ours.
         return probe.connect_ex(path) not in (errno.ECONNREFUSED,
                                               errno.ENOENT)
@@ -1161,11 +1159,12 @@ def _guarded():
 
 
 def _unix_socket(fileno=None):
+    """A socket that never waits, as its file does not if it has one."""
     # In full even with a fileno, for a green socket does not ask the kernel.
-    # One with a fileno does not block.
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM if fileno is None
-                         else socket.SOCK_STREAM | socket.SOCK_NONBLOCK,
-                         fileno=fileno)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM
+                         | socket.SOCK_NONBLOCK, fileno=fileno)
+    if sock.gettimeout() != 0:      # green, or else it does not have to ask
+        sock.setblocking(False)
     if fileno is None and _guarded():   # whom it accepts is, too
         sock.setsockopt(socket.SOL_SOCKET, _PASSRIGHTS, 0)
     return sock
@@ -1188,10 +1187,10 @@ def _accept(sock):
     """``sock.accept()[0]``, non-blocking, without giving up the GIL."""
     fd = _libc.accept4(sock.fileno(), None, None,
                        socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-    # Why it failed is raised by another try.
-    sock = sock.accept()[0] if fd < 0 else _unix_socket(fd)
-    if sock.gettimeout() != 0:      # green, or else it does not have to ask
-        sock.setblocking(False)
+    if fd >= 0:
+        return _unix_socket(fd)
+    sock = sock.accept()[0]     # why it failed is raised by another try
+    sock.setblocking(False)
     return sock
 
 
@@ -2071,6 +2070,7 @@ class _Leader:
     def __init__(self, loop, start):
         self._loop = loop
         self._path = loop.path
+        self.intact = loop.path.intact
         self._start = start     # for who waits, in the first turn
         self._others = loop.others(loop)
         self._door = _Door(loop.files, loop.log, loop.visits)
@@ -2188,9 +2188,6 @@ class _Leader:
         """What notify() has to find before it sends: nobody waits."""
         return self._look, False
 
-    def intact(self):
-        return self._path.intact()
-
     shut = hear = _nothing
 
     def _resign(self):
@@ -2206,7 +2203,7 @@ class _Leader:
         loop.fanout.take(0, handed)
         loop.fanout.flush(self.streams)
         loop.inbox.look = _yes  # until it is clear who serves
-        self._part_all('another process took the path')
+        self._places.clear_all('another process took the path')
         self._others.close()
         self._door.close()
         loop.path.give_up()
@@ -2216,10 +2213,6 @@ class _Leader:
         if lost:
             loop.fanout.backlog.append(b'', 0, lost, 'leader replaced')
         return role
-
-    def _part_all(self, reason):
-        for subscriber in list(self.streams):
-            self._places.clear(subscriber, reason)
 
     def hand_on(self, until):
         """Whether another process goes on with all that there is."""
@@ -2246,7 +2239,7 @@ class _Leader:
 
     def close(self):
         """End all streams. Followers go on with the listener."""
-        self._part_all('the service stops')
+        self._places.clear_all('the service stops')
         self._loop.visits.tell()
         self._path.free('', self._followed)
         self._others.close()
@@ -2304,6 +2297,10 @@ class _Places:
         self._loop.visits.note(
             'parted', subscriber.who, ', %d lines, %d lost; %s' % (
                 subscriber.received(), lost, reason))
+
+    def clear_all(self, reason):
+        for subscriber in list(self.taken):
+            self.clear(subscriber, reason)
 
     def free(self):
         """Whether there are places, once those are free of who is gone.
@@ -2628,7 +2625,6 @@ class _Hub:
     """
 
     def __init__(self, settings):
-        self.settings = settings
         self.loop = _Loop(settings, self.start)
         self.inbox = self.loop.inbox
         self.thread = self.no_thread = None     # or why there was none
@@ -2637,10 +2633,9 @@ class _Hub:
     def start(self):
         """Start the loop, if need be. Never raises.
 
-        Not in uWSGI's master; and where a loop would starve there is none:
-        who has come to start it does its work. Without a thread to be had
-        (3.12 has none at exit) a later line tries again, and close() does
-        what is left to do.
+        Not in uWSGI's master. Where a loop would starve there is none: who
+        has come to start it does its work. Without a thread (3.12 gives none
+        at exit) a later line tries again, and close() does what is left.
         """
         if _is_uwsgi_master():
             self.inbox.lines.clear()
@@ -2748,13 +2743,7 @@ class _Hub:
         loop.step(0)
         accounted = loop.fanout.backlog.tail.first
         loop.role.last_call()
-        progress = time.monotonic()
-        while (any(each.pending() for each in loop.role.streams)
-               and time.monotonic() < min(deadline, progress + _EXIT_STALL)):
-            unread = _unread(loop.role.streams)
-            if (loop.step(_EXIT_STALL)
-                    or _unread(loop.role.streams) != unread):
-                progress = time.monotonic()
+        self._send_on(deadline)
         with loop.turn.taken():
             loop.inbox.look = _no
             # Else it owes, to who came meanwhile, what it emitted since.
@@ -2764,6 +2753,16 @@ class _Hub:
                     loop.path.lock.vacate()
             loop.role.close()
             loop.files.close()
+
+    def _send_on(self, deadline):
+        """Send what is left, until then, or while somebody reads."""
+        loop, progress = self.loop, time.monotonic()
+        while (any(each.pending() for each in loop.role.streams)
+               and time.monotonic() < min(deadline, progress + _EXIT_STALL)):
+            unread = _unread(loop.role.streams)
+            if (loop.step(_EXIT_STALL)
+                    or _unread(loop.role.streams) != unread):
+                progress = time.monotonic()
 
     def abandon(self, certain):
         """In a forked child: leave to the parent what is its own.
@@ -2855,7 +2854,7 @@ def _at_exit():
             hub.close()
         except Exception:
             LOG.exception('Notifications on %s: closing failed',
-                          hub.settings.path)
+                          hub.loop.settings.path)
 
 
 _forker = None      # the pid of the process that is about to fork
@@ -2916,17 +2915,15 @@ class UnixDriver(notifier.Driver):
         super().__init__(conf, topics, transport)
         # With each notification, for several Notifiers share the hub: nova
         # has two, of different topics.
-        self._topics = None if topics is None else list(topics)
-        if self._topics == _TOPICS:
-            self._topics = None
+        default = topics is None or list(topics) == _TOPICS
+        self._topics = None if default else list(topics)
         self._settings = self._hub = None
         if conf is not None:
             settings = self._configure(conf)
             if self._settings != settings:
                 LOG.warning('The notification socket is configured twice, '
-                            'and what came first counts: %(first)s, not '
-                            '%(other)s', {'first': self._settings,
-                                          'other': settings})
+                            'and what came first counts: %s, not %s',
+                            self._settings, settings)
             self._hub.start()
             if self._hub.thread is None and self._hub.no_thread is not None:
                 self._hub.loop.log.fault(self._hub.no_thread)
@@ -2944,8 +2941,8 @@ class UnixDriver(notifier.Driver):
         if settings is None:
             register_opts(conf)
             settings = _read_settings(conf)
-        self._hub = _hub_of(settings)
-        self._settings = self._hub.settings
+        hub = _hub_of(settings)
+        self._settings, self._hub = hub.loop.settings, hub
         return settings
 
     def notify(self, ctxt, message, priority, retry):
@@ -2968,7 +2965,7 @@ class UnixDriver(notifier.Driver):
                 hub = self._late_hub()
             if hub is not None:
                 hub.inbox.emit(
-                    message, ctxt if hub.settings.send_context else None,
+                    message, ctxt if self._settings.send_context else None,
                     self._topics)
         except Exception:   # out of memory, say: lost, and accounted for
             if hub is None:
@@ -3121,6 +3118,11 @@ class _Uplink(_Subscriber):
         self.greeted = True
         self.since = time.monotonic()
         self.blocked = False
+
+    def wake_leader(self):
+        """Have it look after its path; as what is pending would, too."""
+        with contextlib.suppress(OSError):
+            self.sock.send(b'-0 look\n', _AT_ONCE)
 
     @staticmethod
     def lost_line(lost, reason):
@@ -3606,6 +3608,61 @@ class _Estate:
             self._channel, self._lock, self._relay, *self._socks)))
 
 
+class _Sight:
+    """Whom a follower sees: who waits at the leader's listener, or is there.
+
+    The gate is open while it is not clear who serves.
+    """
+
+    def __init__(self, loop):
+        self._loop = loop
+        self.listener = None    # the leader's, by hello
+        self._presence = None   # likewise
+        self.look_at(_yes)
+
+    def look_at(self, look):
+        self.look = self._loop.inbox.look = look
+
+    def widen(self, identity, sock, presence, uplink):
+        """Look at what a hello has passed, from now on: see the top.
+
+        :returns: whether anybody is there
+        """
+        loop = self._loop
+        look = _poll(sock.fileno(), presence.fileno(), uplink.fileno())
+        if loop.starves:
+            # It would hear late of the leader's end, and hold its listener
+            # meanwhile, at which others would wait in vain.
+            sock.close()
+            look = _yes
+        self.look_at(look)
+        self._presence = presence
+        old, self.listener = self.listener, _Bound(
+            loop.settings.path, sock, identity)
+        if old is not None:
+            old.sock.close()
+        return look()
+
+    def intact(self):
+        """Whether that listener is still at the path."""
+        return self.listener is not None and self.listener.intact()
+
+    def without_a_leader(self, relay_path):
+        """Nobody can connect while there is no socket at the path.
+
+        To see that takes 3 us, to keep what comes 70.
+        """
+        self.look_at(functools.partial(
+            _is_socket, self._loop.settings.path, relay_path))
+
+    def settle(self):
+        """The end of a turn: ask the kernel who is there.
+
+        notify() does so itself while there is nobody.
+        """
+        self._loop.inbox.look = _yes if self.look() else self.look
+
+
 class _Follower:
     """Who sends to the leader, or looks for one. Its stream: the uplink."""
 
@@ -3614,15 +3671,11 @@ class _Follower:
         self._relay_path = loop.path.name('.relay')
         self._uplink = _Uplink(loop.fanout.backlog, self._on_leader)
         self.streams = {self._uplink: None}
+        self._sight = _Sight(loop)
+        self.settle = self._sight.settle
         self._left_by = None    # the leader that hung up last
         self._hasty = _Backoff()    # from one that does so again, at once
         self._estate = None     # what a leader that leaves hands on to us
-        self._passed = None     # the leader's listener, by hello
-        self._presence = None   # the leader's, by hello
-        self._look_at(_yes)     # until it is clear who serves
-
-    def _look_at(self, look):
-        self._look = self._loop.inbox.look = look
 
     def look_after(self):
         loop, uplink = self._loop, self._uplink
@@ -3635,7 +3688,8 @@ class _Follower:
         if uplink.sock is None:
             try:
                 leader = _Leader.claim(loop, functools.partial(
-                    _inherit, self._passed, loop.path, loop.files.own), uplink)
+                    _inherit, self._sight.listener, loop.path,
+                    loop.files.own), uplink)
             except OSError as error:
                 if error.errno not in _LED:
                     raise
@@ -3648,10 +3702,7 @@ class _Follower:
             raise BlockingIOError(errno.EAGAIN, 'no answer from %s'
                                   % uplink.who, self._relay_path)
         if not self.intact() and not uplink.pending():
-            # The leader does not know yet, or it would be there. What is
-            # pending will have it look as well.
-            with contextlib.suppress(OSError):
-                uplink.sock.send(b'-0 look\n', _AT_ONCE)
+            uplink.wake_leader()
         return self
 
     def _inherits(self):
@@ -3661,13 +3712,12 @@ class _Follower:
     def _succeed(self):
         if self._uplink.sock is not None:
             self.see_off(self._uplink)
-        leader = self._estate.lead(self._uplink, self._passed)
+        leader = self._estate.lead(self._uplink, self._sight.listener)
         del self._uplink.listen     # as above
         return leader
 
     def intact(self):
-        return (self._passed is not None and self._passed.intact()
-                and os.path.exists(self._relay_path))
+        return self._sight.intact() and os.path.exists(self._relay_path)
 
     def _follow(self, error):
         """Connect to the leader, who answers with a hello; or raise."""
@@ -3700,12 +3750,12 @@ class _Follower:
     def _on_leader(self):
         """Hear a hello, again when the listener is new; or why to part."""
         # Open, for a new hello is one of the things that the gate looks at.
-        look = self._look
-        self._look_at(_yes)
+        look = self._sight.look
+        self._sight.look_at(_yes)
         try:
             said = _read_leader(self._uplink.sock, self._loop.files.own)
         except BlockingIOError:     # see _Event.clear()
-            self._look_at(look)
+            self._sight.look_at(look)
             return None
         except OSError:
             return 'it is gone'
@@ -3715,7 +3765,7 @@ class _Follower:
         if len(said) == 3:
             self._greeted(*said)
         else:
-            self._look_at(look)
+            self._sight.look_at(look)
             for channel in said:
                 self._answer(channel)
         return None
@@ -3742,33 +3792,20 @@ class _Follower:
         role = self._loop.role
         return role is not self and role.hand_on(until)
 
-    def _greeted(self, identity, sock, presence):
+    def _greeted(self, *passed):
         loop, uplink = self._loop, self._uplink
-        sock.setblocking(False)
-        # In this order: see the top of this part.
-        look = _poll(sock.fileno(), presence.fileno(), uplink.sock.fileno())
-        if loop.starves:
-            # It would hear late of the leader's end, and hold its listener
-            # meanwhile, at which others would wait in vain.
-            sock.close()
-            look = _yes
+        anyone = self._sight.widen(*passed, uplink.sock)
         if not uplink.greeted:
             loop.log.serves('relayed to ' + uplink.who, anew=False)
-            if not look():
+            if not anyone:
                 uplink.forget(loop.fanout.backlog)    # nobody is owed it
-        self._look_at(look)
-        self._presence = presence
-        old, self._passed = self._passed, _Bound(loop.settings.path, sock,
-                                                 identity)
-        if old is not None:
-            old.sock.close()
         uplink.greet()
         loop.retry.at = uplink.since    # at once: all is well
 
     def see_off(self, uplink):
         """The leader has gone. What it is owed is kept for the next."""
         loop, greeted, sock = self._loop, uplink.greeted, uplink.sock
-        self._look_at(_yes)     # before what it looks at goes
+        self._sight.look_at(_yes)   # before what it looks at goes
         loop.files.unwatch(sock)
         sock.close()
         uplink.disconnect()
@@ -3792,29 +3829,19 @@ class _Follower:
         # a moment keeps its subscribers.
         if (code == errno.EAGAIN
                 or loop.retry.delay and not loop.retry.for_long()
-                or self._passed and self._passed.intact()):
-            self._look_at(_yes)
+                or self._sight.intact()):
+            self._sight.look_at(_yes)
             return
-        # Nobody can connect while there is no socket at the path. To see that
-        # takes 3 us, to keep what comes 70.
         if code not in _STARVED:    # or another may lead, whom we owe it
             self._uplink.forget(loop.fanout.backlog)
-        self._look_at(functools.partial(
-            _is_socket, loop.settings.path, self._relay_path))
+        self._sight.without_a_leader(self._relay_path)
 
     # The leader has the listener, and the files are closed for us.
     take = accept = cut_off = last_call = close = _nothing
 
-    def settle(self):
-        """The end of a turn: ask the kernel who is there.
-
-        notify() does so itself while there is nobody.
-        """
-        self._loop.inbox.look = _yes if self._look() else self._look
-
     def clear(self):
         """What notify() has to find before it sends: there is somebody."""
-        return self._look, True
+        return self._sight.look, True
 
 
 class _Relay:
@@ -4288,8 +4315,7 @@ class _Subscription(abc.Iterator):
     def _connect(self):
         self._buffer = _LineBuffer(self._max_line)
         try:
-            self._sock = _unix_socket()
-            self._sock.setblocking(False)   # connect() would await a backlog
+            self._sock = _unix_socket()     # connect() would await a backlog
             self._sock.connect(self.path)
         except OSError as error:
             self._disconnect()

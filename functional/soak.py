@@ -809,8 +809,10 @@ class Soak:
     def do_leave_leader_without_heir(self, choose):
         """The one that may have become it is killed as it does."""
         victim = self._victim(choose, leads=True)
+        # Not its children, whom only it could reap.
         others = [each for each in self.awake()
-                  if each not in (victim, self.processes[0])]
+                  if each not in (victim, self.processes[0])
+                  and each.parent is not victim]
         if victim is None or not others:
             return None
         self.resume(victim)

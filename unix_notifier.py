@@ -50,9 +50,10 @@ who has the turn   ``_Loop``, and all that it holds: ``_Log``, ``_Visits``,
                    ``_Files``, ``_Path`` with its ``_Lock``, ``_Fanout``
                    with the ``_Backlog``, and the role: ``_Seeker``,
                    ``_Leader`` with ``_Door``, ``_Places`` and ``_Relay``,
-                   or ``_Follower``. The role owns its streams, the
-                   ``_Subscriber`` of each or the ``_Uplink``; what it is
-                   passed, an ``_Estate``, and what it passes, a ``_Bequest``
+                   or ``_Follower`` with its ``_Sight``. The role owns its
+                   streams, the ``_Subscriber`` of each or the ``_Uplink``;
+                   what it is passed, an ``_Estate``, and what it passes, a
+                   ``_Bequest``
 any reader         ``_Subscription``, ``_Listener``: a lock, or one thread
 =================  ========================================================
 

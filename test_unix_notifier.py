@@ -2250,8 +2250,39 @@ class HandOverTest(HubCase):
         other = self.connect()
         self.assertLeft(hub, client)
         self.assertEqual(1, account(other.read()))
-        self.assertLeft(hub, client)    # for two there is the loop
-        self.assertEqual(2, account(other.read()))
+        self.emit(hub, range(1, 2))
+        self.assertEqual((2, 2), (account(client.read()),
+                                  account(other.read())))
+
+    def test_to_more_than_a_few_it_is_left_to_the_loop(self):
+        hub, client = self.make_ready()
+        others = [self.connect(hub) for _ in range(15)]
+        self.emit(hub, range(1))
+        self.assertEqual([1] * 16, [account(each.read())
+                                    for each in (client, *others)])
+        last = self.connect(hub)
+        self.assertLeft(hub, client)
+        self.assertEqual(2, account(last.read(), 1))
+
+    def test_some_got_it_and_some_in_part_or_not_at_all(self):
+        """Each goes on where it is, and the account is exact."""
+        hub, client = self.make_ready()
+        clients = [client, *(self.connect(hub) for _ in range(9))]
+        chance = random.Random(1)
+        for number in range(0, 100, 2):
+            hub.credit = 0
+
+            def send(fd, data, *_):
+                size = chance.choice((-1, 0, 9, len(data) - 1, len(data)))
+                return os.write(fd, data[:size]) if size > 0 else size
+
+            with mock.patch.object(unix_notifier._libc, 'send', send):
+                self.emit(hub, range(number, number + 2))
+            hub.turn()
+            self.assertEqual([number + 2] * 10, [
+                account(each.read()) for each in clients])
+        self.assertEqual([100] * 10, [
+            each.received() for each in hub.subscribers])
 
     def test_what_came_before_goes_before(self):
         hub, client = self.make_ready()
@@ -4452,10 +4483,21 @@ class RelayHeirTest(RelayCase):
         client = self.connect(leader)
         self.step(heir)
         leader.subscribers[0].sock.send(line(0)[:9])
-        leader.rest = line(0), 9
+        leader.rest = line(0), [9]
         self.leave(leader, heir)
         self.emit(heir, range(1, 3))
         self.assertAccount(heir, 3, client)
+
+    def test_heir_that_leaves_at_once_sends_its_half_sent_line_whole(self):
+        """For what the last leader had of it went with that."""
+        leader, heir = self.make_pair()
+        client = self.connect(leader)
+        self.step(heir)
+        self.leave(leader, heir)
+        heir.rest = line(0), [9]
+        heir.finish()
+        self.assertEqual(1, account(client.read()))
+        self.assertTrue(client.ended)
 
     def test_follower_that_has_just_come_may_be_the_heir(self):
         leader = self.make_newcomer(self.make_settings())

@@ -206,9 +206,10 @@ _AGAIN_MAX = 60 * 60
 _DAY = 24 * 60 * 60
 
 # notify() itself sends so many lines in a row, and after that one in so many
-# seconds; what is beyond goes in batches, which cost less.
+# seconds; what is beyond goes in batches, which cost less. To so many streams.
 _HAND_OVERS = 32
 _HAND_OVER_TIME = 0.5e-3
+_HAND_OVER_MAX = 16
 
 # Seconds: a send that takes longer has waited for the GIL; the turn's others
 # keep it then: without that, ten subscribers of a process with a thread that
@@ -1052,7 +1053,7 @@ class _Subscriber:
         except BlockingIOError:
             pass
         self.blocked = sent < size
-        self._advance(sent)
+        self.advance(sent)
 
     lost_line = staticmethod(_lost_record)
 
@@ -1069,7 +1070,8 @@ class _Subscriber:
             buffers[0] = memoryview(buffers[0])[self.offset:]
         return buffers
 
-    def _advance(self, sent):
+    def advance(self, sent):
+        """Note that so many bytes were sent."""
         self.offset += sent
         # Not beyond a record that has yet to be written, nor the tail.
         while self.chunk.data and self.offset >= len(self.chunk.data):
@@ -1332,7 +1334,7 @@ class _Inbox:
         self.lines = collections.deque()    # and pads (None)
         self.room = settings.buffer_size // _QUEUE_UNIT
         self.ahead = self.room // 2     # from here on they give way
-        self.rest = None        # a line, and how much of it was handed over
+        self.rest = None        # a line, and what each stream got of it
         self.drops = _counter()     # += is not one step
         self.gap = None         # the last drop, or one of the last
         self.asleep = True      # the loop must be woken, or started
@@ -1461,7 +1463,7 @@ class _Inbox:
             yield [self.lines.popleft() for _ in range(min(size, _BATCH))]
 
 
-# By which descriptor, in a tuple, after which look, and what that has to find.
+# By which descriptors, after which look, and what that has to find.
 _Aim = collections.namedtuple('_Aim', 'fds look expected')
 
 
@@ -1524,8 +1526,8 @@ class _HandOver:
     waking and the loop's wait for the GIL, too. All else is left to the loop,
     as are errors and the rest of a line.
 
-    Only to a single stream, which at the end of the last turn had been sent
-    all there was: that is the ``aim``. Whatever this thread emitted since is
+    Only to a few streams, which at the end of the last turn had been sent all
+    there was: those are the ``aim``. Whatever this thread emitted since is
     in the queue, or was sent: the loop moves it while it has the turn, which
     is ours. And only if nobody has connected whom the loop must accept first,
     or, by the leader's presence, if there is somebody at all.
@@ -1539,10 +1541,11 @@ class _HandOver:
 
     def aim_at(self, role):
         """At the end of a turn: see above."""
-        if len(role.streams) == 1:
-            stream = next(iter(role.streams))
-            if not (stream.blocked or stream.ended or stream.pending()):
-                self._turn.aim = _Aim((stream.sock.fileno(),), *role.clear())
+        if 0 < len(role.streams) <= _HAND_OVER_MAX and not any(
+                each.blocked or each.ended or each.pending()
+                for each in role.streams):
+            self._turn.aim = _Aim([each.sock.fileno() for each
+                                   in role.streams], *role.clear())
 
     def send(self, line):
         """Whether it was, or has begun to be."""
@@ -1556,7 +1559,7 @@ class _HandOver:
             del free[0]
         except IndexError:      # another thread was faster
             return False
-        inbox, sent = self._inbox, []
+        inbox, sent, whole = self._inbox, [], None
         try:
             try:
                 aim = turn.aim
@@ -1564,14 +1567,17 @@ class _HandOver:
                         or bool(aim.look()) is not aim.expected):
                     return False
                 self.busy_until = max(self.busy_until, now) + _HAND_OVER_TIME
+                count = len(aim.fds)
+                whole, none = [size] * count, [-1] * count
                 # What map() calls has left its result in the list by then.
-                sent.extend(map(_libc.send, aim.fds, (line,),
-                                (ctypes.c_size_t(size),), (_AT_ONCE,)))
+                sent.extend(map(_libc.send, aim.fds, (line,) * count,
+                                (ctypes.c_size_t(size),) * count,
+                                (_AT_ONCE,) * count))
             finally:    # without a call, or a frame, until all is noted
-                if sent and sent[0] == size:
+                if sent == whole:
                     self._backlog.tail.first += 1   # as if it had been there
-                elif sent and sent[0] > 0:
-                    inbox.rest = line, sent[0]
+                elif sent and sent != none:
+                    inbox.rest = line, sent
                 free.append(True)
             inbox.wake_if_due(now)
         except BaseException as error:
@@ -1579,7 +1585,7 @@ class _HandOver:
                 inbox.wake()
             if not sent or not isinstance(error, Exception):
                 raise
-        return sent[0] > 0
+        return sent != none
 
 
 # -- the desk: what lasts, what is told, what is open -------------------------
@@ -2361,12 +2367,16 @@ class _Fanout:
             self.backlog.append(*chunk)
 
     def take_rest(self, streams):
-        """Take on what notify() has sent a part of, to the only stream."""
-        line, sent = self._inbox.rest
-        self.backlog.append(line, 1)
-        for stream in streams:
-            stream.offset = sent
-        self._inbox.rest = None
+        """Take on what notify() has sent a part of, or to some alone.
+
+        Before any of the streams comes or goes.
+        """
+        if self._inbox.rest is not None:
+            line, sent = self._inbox.rest
+            self.backlog.append(line, 1)
+            for stream, size in zip(streams, sent):
+                stream.advance(max(size, 0))
+            self._inbox.rest = None
 
     def flush(self, streams):
         """Send to all who take more, and hold the others to the bound."""
@@ -2534,8 +2544,7 @@ class _Loop:
         return bool(events or due or handed or self.fanout.again)
 
     def _begin(self, events):
-        if self.inbox.rest is not None:
-            self.fanout.take_rest(self.role.streams)
+        self.fanout.take_rest(self.role.streams)
         for callback, mask in events:
             if callback is not None:
                 callback(mask)
@@ -3420,8 +3429,7 @@ class _Bequest:
         As in a turn: what is due, then who has come, for they get it, too.
         """
         inbox, fanout = loop.inbox, loop.fanout
-        if inbox.rest is not None:
-            fanout.take_rest(self._leader.streams)
+        fanout.take_rest(self._leader.streams)
         due = inbox.count()
         self._leader.let_in()
         fanout.take(due, self._relay.take())
@@ -3789,6 +3797,7 @@ class _Follower:
         """Who leaves is nobody's heir; if it is one already, it hands on."""
         if not (self._estate and self._estate.finish()):
             return False
+        self._loop.fanout.take_rest(self.streams)
         self._loop.look_after()
         role = self._loop.role
         return role is not self and role.hand_on(until)

@@ -20,6 +20,7 @@ there that should.
 """
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -137,17 +138,19 @@ class LastWordsTest(base.RelayTestCase):
     def _last_words(self, of_leader):
         workers = self.start_workers(2)
         for how in 'kill', '_exit':
-            for count in (1, 5, 20, 1, 5, 20):
-                subscriber = self.subscribe()
+            for count, readers in itertools.product((1, 5, 20), (1, 16)):
+                subscribers = [self.subscribe() for _ in range(readers)]
                 for worker in workers:
                     worker.ask('emit', count=1)
-                subscriber.wait(2)
+                for each in subscribers:
+                    each.wait(2)
                 victim, = (each for each in workers if of_leader == (
                     each.pid == self.leader_pid()))
                 self.wait_idle(workers)
                 victim.tell('leave', how=how, count=count)
-                self.assert_complete(subscriber, 2 + count)
-                subscriber.close()
+                for each in subscribers:
+                    self.assert_complete(each, 2 + count)
+                    each.close()
                 self.parent.ask('reap', pid=victim.pid)
                 workers.remove(victim)
                 self.wait_leader(workers)

@@ -562,6 +562,11 @@ class TestCase(base.BaseTestCase):
         self.useFixture(fixtures.MonkeyPatch(
             unix_notifier.__name__ + '.' + name, value))
 
+    def without_gil(self):
+        """What is made from now on takes it that there is none."""
+        self.useFixture(fixtures.MockPatchObject(
+            sys, '_is_gil_enabled', lambda: False, create=True))
+
     def assertKeepsGil(self, function):
         """Other threads do not run meanwhile, which may take them 5 ms."""
         if not getattr(sys, '_is_gil_enabled', lambda: True)():
@@ -901,6 +906,19 @@ class EncodeTest(TestCase):
             each.join()
         self.assertEqual({expected}, found)
         self.assertEqual({}, unix_notifier._markers)
+
+    def test_one_that_fails_amid_another_does_it_no_harm_without_a_gil(self):
+        class Other:
+            def __repr__(self):
+                unix_notifier._encode(message(float('nan')))
+                return 'other'
+
+        self.without_gil()
+        self.patch('_dumps', unix_notifier._make_encoder())
+        lines = self.useFixture(fixtures.MockPatchObject(
+            unix_notifier, '_line', side_effect=unix_notifier._line)).mock
+        self.assertEqual('other', self.payload(Other()))
+        self.assertEqual(1 + 2, lines.call_count)
 
 
 def full_context(**kwargs):
@@ -2072,8 +2090,7 @@ class QueueTest(HubCase):
         self.assertEqual([2, 2], lost(client.messages))
 
     def test_drops_at_once_count_once_without_a_gil(self):
-        self.useFixture(fixtures.MockPatchObject(
-            sys, '_is_gil_enabled', lambda: False, create=True))
+        self.without_gil()
         self.test_drops_at_once_count_once_and_in_place()
 
     def test_nothing_is_queued_behind_an_open_gap(self):

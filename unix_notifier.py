@@ -367,6 +367,11 @@ def _plain_key(key):
     return _as_text(key) if isinstance(plain, (dict, list)) else plain
 
 
+def _has_gil():
+    """Whether no two threads are in the interpreter at the same time."""
+    return getattr(sys, '_is_gil_enabled', lambda: True)()
+
+
 # Ids of the containers that are being encoded, by any thread. Two that encode
 # the same at once take it for a cycle, which costs them time, no more.
 _markers = {}
@@ -380,10 +385,18 @@ def _make_encoder():
     """
     if json.encoder.c_make_encoder is None:
         return json.JSONEncoder(allow_nan=False, default=_plain).encode
-    encode = json.encoder.c_make_encoder(
-        _markers, _plain, json.encoder.encode_basestring_ascii, None, ': ',
-        ', ', False, False, False)
-    return lambda value: ''.join(encode(value, 0))
+
+    def make(markers):
+        return json.encoder.c_make_encoder(
+            markers, _plain, json.encoder.encode_basestring_ascii, None, ': ',
+            ', ', False, False, False)
+
+    if _has_gil():
+        encode = make(_markers)
+        return lambda value: ''.join(encode(value, 0))
+    # Each with markers of its own: to mark what nobody has marked takes two
+    # steps, and who fails clears the marks of all.
+    return lambda value: ''.join(make({})(value, 0))
 
 
 _dumps = _make_encoder()
@@ -1292,7 +1305,7 @@ def _counter():
     be a green one's; and a signal's handler, too, may come amid, and count.
     """
     numbers = itertools.count()
-    if getattr(sys, '_is_gil_enabled', _yes)():
+    if _has_gil():
         return numbers
     lock = _thread.RLock()
 

@@ -62,6 +62,7 @@ import types
 from oslo_config import cfg
 import oslo_messaging
 
+import base
 import peers
 import unix_notifier
 
@@ -76,6 +77,7 @@ IDLE = 10               # seconds
 # How a process is gone, after how many calls, and how often that is tried.
 ENDS, LAST, ACTS = ('os._exit', 'SIGKILL', 'SIGTERM'), (1, 5, 20), 50
 WORKERS = 8             # processes that share a path
+CREW, HAND_ONS = 4, 20  # the same, of which the leader leaves; in a round
 BUFFER = 8 * peers.MIB
 # What subscribers may come to at any time, and what does not wait for one that
 # stops to read, as the floor and a SocketHandler do for ever.
@@ -504,6 +506,53 @@ def last_act(bench):
                           0 if system in peers.OURS else None)
 
 
+def hand_on(bench):
+    """Milliseconds for which a subscriber hears nothing amid a hand-on.
+
+    Of four processes that emit once in a millisecond the leader leaves.
+    """
+    if not peers.available('unix'):
+        return
+    directory = bench.path()
+    os.mkdir(directory)
+    path = os.path.join(directory, 's')
+    nursery = bench.enter_context(contextlib.closing(
+        base.Publisher(directory, {'path': path})))
+    crew = dict(newcomer(directory, nursery) for _ in range(CREW))
+    times, stays, ended = [], [], threading.Event()
+    sock = bench.enter_context(socket.socket(socket.AF_UNIX))
+    base.wait_until(lambda: not sock.connect_ex(path), 'it is served')
+
+    def read():
+        while sock.recv(peers.MIB):
+            times.append(time.monotonic())
+        ended.set()
+
+    threading.Thread(target=read, daemon=True).start()
+    for number in range(bench.rounds * HAND_ONS):
+        progress('hand-on %d' % number)
+        leader = base.wait_until(
+            lambda: crew.pop(base.leader_pid(path), None), 'one leads')
+        begin = time.monotonic()
+        leader.tell('leave')
+        nursery.ask('reap', pid=leader.pid)
+        stays.append((begin, time.monotonic()))
+        crew.update([newcomer(directory, nursery)])
+    pauses = [1e3 * max(after - before for before, after in zip(
+        times, times[1:]) if begin < after < end) for begin, end in stays]
+    yield Row('unix: streams ended', [ended.is_set()], '', 0)
+    for rank, limit in (50, None), (99, 20):
+        yield Row('unix: p%d' % rank, [percentile(pauses, rank)], 'ms', limit)
+
+
+def newcomer(directory, nursery):
+    """A process that emits, by its pid."""
+    child = base.fork(directory, nursery, 'fork')
+    child.ask('open')
+    child.ask('start', pause=0.001)
+    return child.pid, child
+
+
 def cycle(items, count):
     return itertools.islice(itertools.cycle(items), count)
 
@@ -602,7 +651,7 @@ def consumers(bench):
 
 POINTS = {each.__name__: each
           for each in (call, crowd, paced, busy, throughput, workers, stalled,
-                       lag, join, idle, last_act, consumers)}
+                       lag, join, idle, last_act, hand_on, consumers)}
 
 
 # -- output -----------------------------------------------------------------

@@ -374,6 +374,7 @@ class SteppedHub(unix_notifier._Hub):
     selector = inside('loop.files._selector')
     settings = inside('loop.settings')
     starting = inside('_starting')
+    tell_lags_at = inside('loop.lags.at')
     tell_visits_at = inside('loop.visits.at')
     vacate = inside('loop.path.lock.vacate')
     wake = inside('loop.inbox.wake')
@@ -457,7 +458,7 @@ class SteppedHub(unix_notifier._Hub):
     def finish(self, seconds=WAIT):
         if not self.loop.closing:
             self.loop.closing = True
-            self.loop.turn.outwait(0.01)
+            self.loop.turn.take_from_us()
             self._leave(time.monotonic() + seconds)
 
     def late_event(self, subscriber):
@@ -1240,6 +1241,12 @@ class BoundTest(TestCase):
         lock.write.assert_called_once_with([bound])
         return bound
 
+    def test_nothing_is_left_where_there_is_no_descriptor(self):
+        with fixtures.MonkeyPatch('os.open', mock.Mock(
+                side_effect=OSError(errno.EMFILE, 'a test'))):
+            self.assertRaises(OSError, self.bind)
+        self.assertEqual([], os.listdir(self.dir))
+
     def test_nobody_slips_in_before_mode_and_group_are_set(self):
         groups, chmod = [], os.chmod
 
@@ -1721,11 +1728,13 @@ class SubscriberTest(TestCase):
 
     def test_what_the_peer_sends_is_discarded_up_to_a_limit(self):
         subscriber, peer = self.peers()
-        self.assertIsNone(subscriber.listen())
-        for _ in range(64):
+        for _ in range(63):
             peer.send(b'x' * 1024)
             self.assertIsNone(subscriber.listen())
-        peer.send(b'x')
+        for _ in range(1024):   # which recv() drops
+            peer.send(b'x', socket.MSG_OOB)
+            self.assertIsNone(subscriber.listen())
+        peer.send(b'x', socket.MSG_OOB)
         self.assertIn('65536', subscriber.listen())
 
     def test_descriptors_that_come_after_the_look_are_not_taken(self):
@@ -1747,6 +1756,20 @@ class SubscriberTest(TestCase):
         subscriber.sock = ours
         self.assertEqual('it sent descriptors', subscriber.listen())
         self.assertEqual([], select.select([reading], [], [], 0)[0])
+
+    def test_no_descriptor_is_no_reason_to_stay_unguarded(self):
+        unix_notifier._can_guard.cache_clear()
+        with fixtures.MonkeyPatch('socket.socket', mock.Mock(
+                side_effect=OSError(errno.EMFILE, 'a test'))):
+            self.assertFalse(unix_notifier._guarded())
+        self.assertEqual(0, unix_notifier._can_guard.cache_info().currsize)
+        unix_notifier._unix_socket().close()
+        self.assertEqual(1, unix_notifier._can_guard.cache_info().currsize)
+
+    def test_numbers_of_users_have_no_sign(self):
+        uid = 3 * 10 ** 9
+        self.assertEqual(('pid 7, uid 3000000000', uid), unix_notifier._peer(
+            mock.Mock(getsockopt=lambda *_: struct.pack('iII', 7, uid, uid))))
 
     def test_half_closed_peer_stays(self):
         subscriber, peer = self.peers()
@@ -2180,6 +2203,9 @@ class QueueTest(HubCase):
         gaps = sum(lost(slow.messages))
         self.assertGreater(gaps, 1500)
         self.assertLogged('lags by')
+        self.assertLogged('caught up', 0)   # not within a second
+        hub.tell_lags_at = 0
+        hub.turn()
         self.assertLogged('caught up: %s; it lost %d notif' % (who, gaps))
         # The next time it counts anew.
         fast.sock.close()
@@ -2187,6 +2213,8 @@ class QueueTest(HubCase):
             self.emit(hub, [number], size=1000)
             hub.turn()
         self.pump(hub, slow, 2500)
+        hub.tell_lags_at = 0
+        hub.turn()
         self.assertLogged('lags by', 2)
         self.assertLogged('it lost %d notif' % (
             sum(lost(slow.messages)) - gaps))
@@ -2389,6 +2417,27 @@ class HandOverTest(HubCase):
         hub.on_hand_over(hub.finish)
         self.emit(hub, range(1))
         self.assertEqual([], client.read())
+        self.assertTrue(client.ended)
+
+    def test_exit_waits_for_who_is_amid_it(self):
+        """Or that would send by a number that is another file's by then."""
+        self.patch('_EXIT_STALL', 0)
+        hub, client = self.make_ready()
+        amid, go_on = threading.Event(), threading.Event()
+
+        def stand_still():
+            amid.set()
+            return go_on.wait(WAIT)
+
+        hub.on_hand_over(stand_still)
+        thread = threading.Thread(target=self.emit, args=(hub, range(1)))
+        thread.start()
+        amid.wait(WAIT)
+        threading.Timer(0.05, go_on.set).start()
+        hub.finish()
+        self.assertTrue(go_on.is_set())
+        thread.join()
+        self.assertEqual(1, account(client.read()))
         self.assertTrue(client.ended)
 
     def test_threads_and_the_loop_hand_over_by_turns(self):

@@ -179,7 +179,8 @@ _CROWD_BACKLOG = 8
 _REST = 5e-3
 _REST_MAX = 15e-3
 
-# Seconds between lines on who comes and goes; as many as each names in full.
+# Seconds between lines on who comes and goes, or lags; as many as each names
+# in full.
 _VISITS_INTERVAL = 1
 _VISITS_NAMED = 4
 
@@ -844,15 +845,13 @@ def _bind(sock, path, mode, lock, gid=None, backlog=None):
     :param backlog: that it is to listen with, at last
     :raises: OSError, naming the path; nothing is left behind
     """
-    bound = file = None
+    bound = None
     try:
         now = time.time()
         sock.bind(path)
-        # Of what was bound, not of what the name says by now: whoever may
-        # write to the directory may have made it a link to another file.
-        file = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-        bound = _Bound(path, sock, _new_socket(os.fstat(file), now))
-        _set_access(file, mode, gid)
+        # Known before anything can fail: what was left would pass for served.
+        bound = _Bound(path, sock, _new_socket(os.lstat(path), now))
+        _set_access(bound, mode, gid)
         lock.write([bound])
         if backlog is not None:
             sock.listen(backlog)
@@ -862,18 +861,25 @@ def _bind(sock, path, mode, lock, gid=None, backlog=None):
             bound.unlink()
         sock.close()
         raise OSError(error.errno, error.strerror, path)
+
+
+def _set_access(bound, mode, gid):
+    """Not by the name, which by now may be a link to another's file.
+
+    For whoever may write to the directory may have made it one.
+    """
+    file = os.open(bound.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if _identity(os.fstat(file)) != bound.identity:
+            raise OSError(errno.EEXIST, 'replaced as it was bound')
+        name = '/proc/self/fd/%d' % file
+        if not os.path.lexists(name):
+            raise OSError(errno.ENOENT, 'no /proc, by which to set its mode')
+        if gid is not None:     # a sandbox may forbid even to change nothing
+            os.chown(name, -1, gid)
+        os.chmod(name, mode)
     finally:
-        if file is not None:
-            os.close(file)
-
-
-def _set_access(file, mode, gid):
-    name = '/proc/self/fd/%d' % file
-    if not os.path.lexists(name):
-        raise OSError(errno.ENOENT, 'no /proc, by which to set its mode')
-    if gid is not None:     # a sandbox may forbid even to change nothing
-        os.chown(name, -1, gid)
-    os.chmod(name, mode)
+        os.close(file)
 
 
 def _new_socket(info, now):
@@ -1128,15 +1134,15 @@ class _Subscriber:
     def listen(self):
         """Discard what the peer sent; why it must part, or None."""
         try:
-            data = _recv(self.sock, _DISCARD_MAX)
-        except BlockingIOError:
-            return None
+            size = len(_recv(self.sock, _DISCARD_MAX))
+            self.half_closed = not size
+        except BlockingIOError:     # out of band, it may be, which is dropped
+            size = 1
         except PermissionError as error:
             return error.strerror
         except OSError:
             return 'it is gone'
-        self.discarded += len(data)
-        self.half_closed = not data
+        self.discarded += size
         if self.half_closed and not self.alive():
             return 'it is gone'
         if self.discarded > _DISCARD_MAX:
@@ -1151,7 +1157,7 @@ class _Subscriber:
 
 def _peer(sock):
     """Who connected, or else who listens, in words; and the uid."""
-    pid, uid, _ = struct.unpack('3i', sock.getsockopt(
+    pid, uid, _ = struct.unpack('iII', sock.getsockopt(
         socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return 'pid %d, uid %d' % (pid, uid), uid
 
@@ -1164,14 +1170,21 @@ def _is_patched():
 
 
 @functools.cache
+def _can_guard():
+    """The same, once it was found out; an OSError: it was not."""
+    with _no_fork(), socket.socket(socket.AF_UNIX) as sock:
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, _PASSRIGHTS, 0)
+        except OSError:
+            return False
+        return True
+
+
 def _guarded():
     """Whether sockets can refuse to be passed descriptors, and so do ours."""
-    try:
-        with _no_fork(), socket.socket(socket.AF_UNIX) as sock:
-            sock.setsockopt(socket.SOL_SOCKET, _PASSRIGHTS, 0)
-    except OSError:
-        return False
-    return True
+    with contextlib.suppress(OSError):  # out of descriptors, but not for good
+        return _can_guard()
+    return False
 
 
 def _unix_socket(fileno=None):
@@ -1494,6 +1507,7 @@ class _Turn:
     def renew(self):
         """Take it from whoever has it, who is not here any more."""
         self.free = collections.deque([True])   # empty while someone has it
+        self.holder = None  # the thread that has it, or was the last to
         self.aim = None     # what notify() may do with it, once it is free
 
     def take(self):
@@ -1504,11 +1518,11 @@ class _Turn:
         while True:
             free = self.free
             try:
-                free.pop()
+                del free[0]     # as in _HandOver.send()
             except IndexError:
                 time.sleep(_GIVE_WAY)   # for notify() to send
             else:
-                self.aim = None
+                self.aim, self.holder = None, _thread.get_ident()
                 return free
 
     @contextlib.contextmanager
@@ -1519,16 +1533,12 @@ class _Turn:
         finally:
             free.append(True)
 
-    def outwait(self, seconds):
-        """Wait so long for who has it, and then take it for gone.
+    def take_from_us(self):
+        """At exit: a signal's handler may run the exit handlers amid notify().
 
-        At exit, for the handler of a signal may run the exit handlers amid
-        notify().
+        Then this thread has it, and waits for us. Any other goes on.
         """
-        until = time.monotonic() + seconds
-        while not self.free and time.monotonic() < until:
-            time.sleep(_GIVE_WAY)
-        if not self.free:
+        if not self.free and self.holder == _thread.get_ident():
             self.renew()
 
 
@@ -1563,13 +1573,14 @@ class _HandOver:
     def send(self, line):
         """Whether it was, or has begun to be."""
         turn, free, now = self._turn, self._turn.free, time.monotonic()
-        size = len(line)
+        size, us = len(line), _thread.get_ident()
         if turn.aim is None or not free or (
                 self.busy_until - now > _HAND_OVERS * _HAND_OVER_TIME):
             return False
         try:
             # A signal's handler may raise after any call, which this is not.
             del free[0]
+            turn.holder = us
         except IndexError:      # another thread was faster
             return False
         inbox, sent, whole = self._inbox, [], None
@@ -1722,14 +1733,14 @@ class _Log:
 
 
 class _Visits:
-    """Who comes and goes: a line of log a second, at most; and time to work.
+    """Who comes and goes, or lags: a line of log a second; and time to work.
 
-    For whoever may connect may do so in a loop. The first are told of when
-    their turn ends, the others when the second is over.
+    For whoever may connect may do all that in a loop. The first are told of
+    when their turn ends, the others when the second is over.
     """
 
-    def __init__(self, say):
-        self._say = say
+    def __init__(self, say, level=logging.INFO):
+        self._say = functools.partial(say, level)
         self._next = 0          # no line sooner
         self.lately = False     # someone came, went or talked in this turn
         self._rested = self._worked = 0     # when, and how long until then
@@ -1737,7 +1748,6 @@ class _Visits:
 
     def _forget(self):
         self.at = None          # when there is something to tell, if there is
-        self._came = 0          # how many, since the last line
         self._texts = []
         self._events = collections.Counter()
         self._peers = collections.Counter()
@@ -1747,12 +1757,11 @@ class _Visits:
             self._texts.append('subscriber %s: %s%s' % (event, who, more))
         self._events[event] += 1
         self._peers[who] += 1
-        self._came += event != 'parted'
         self.at = self._next
 
     def crowd(self):
         """Whether it is a crowd that comes."""
-        return self._came > _CROWD
+        return self._events['connected'] + self._events['refused'] > _CROWD
 
     def tell(self):
         """Log what was noted."""
@@ -1762,7 +1771,7 @@ class _Visits:
                 '; '.join('%s: %d times' % each
                           for each in self._peers.most_common(3)))]
         if self._texts:
-            self._say(logging.INFO, '; '.join(self._texts))
+            self._say('; '.join(self._texts))
         crowd = self.crowd()
         self._next = time.monotonic() + _VISITS_INTERVAL
         self._forget()
@@ -2227,7 +2236,7 @@ class _Leader:
         self._others.close()
         self._door.close()
         loop.path.give_up()
-        loop.visits.tell()
+        loop.tell()
         role = loop.seek(loop)
         lost = sum(lines + lost for _, lines, lost, *_ in handed)
         if lost:
@@ -2260,7 +2269,7 @@ class _Leader:
     def close(self):
         """End all streams. Followers go on with the listener."""
         self._places.clear_all('the service stops')
-        self._loop.visits.tell()
+        self._loop.tell()
         self._path.free('', self._followed)
         self._others.close()
         self._path.lock.free()
@@ -2358,12 +2367,12 @@ class _Places:
 class _Fanout:
     """From the inbox to the streams of the role, each at its own pace."""
 
-    def __init__(self, settings, inbox, files, log, visits):
+    def __init__(self, settings, inbox, files, visits, lags):
         self.backlog = _Backlog(settings.buffer_size)
         self._inbox = inbox
         self._files = files
-        self._log = log
         self._visits = visits
+        self._lags = lags
         self.again = False      # someone may be sent more at once
         self.drained = False    # someone has read a lot
         self._late = False      # others want the GIL: it is kept where it can
@@ -2433,18 +2442,16 @@ class _Fanout:
             self._late = True
         self.watch(stream)
         if stream.lagging is not None and not stream.pending():
-            self._log.say(logging.WARNING, 'subscriber caught up: %s; it lost '
-                          '%d notifications', stream.who,
-                          stream.lost - stream.lagging)
+            self._lags.note('caught up', stream.who, '; it lost %d '
+                            'notifications' % (stream.lost - stream.lagging))
             stream.lagging = None
 
     def _hold(self, stream):
         """Keep within the bound what the stream has yet to be sent."""
         if stream.trim(self.backlog) and stream.lagging is None:
             stream.lagging = stream.lost
-            self._log.say(logging.WARNING, 'subscriber lags by more than %d '
-                          'bytes and loses notifications: %s',
-                          self.backlog.limit, stream.who)
+            self._lags.note('lags by more than %d bytes and loses '
+                            'notifications' % self.backlog.limit, stream.who)
 
     def watch(self, stream):
         self._files.rewatch(stream, self.on_event)
@@ -2492,8 +2499,9 @@ class _Loop:
         self.files = _Files()
         self.path = _Path(settings, self.files)
         self.visits = _Visits(self.log.say)
-        self.fanout = _Fanout(settings, self.inbox, self.files, self.log,
-                              self.visits)
+        self.lags = _Visits(self.log.say, logging.WARNING)
+        self.fanout = _Fanout(settings, self.inbox, self.files, self.visits,
+                              self.lags)
         self.retry = _Backoff()     # for the path
         self.closing = False
         self.starves = False        # _Hub: it runs in notify() alone
@@ -2550,11 +2558,16 @@ class _Loop:
         handed = self.role.take()
         self.fanout.take(due, handed)
         self.fanout.flush(self.role.streams)
-        if self.visits.at is not None and self.visits.at < time.monotonic():
-            self.visits.tell()
+        self.tell(time.monotonic())
         self.role.settle()
         self.hand_over.aim_at(self.role)
         return bool(events or due or handed or self.fanout.again)
+
+    def tell(self, now=math.inf):
+        """Log what is due by then of who has come, gone, or lagged."""
+        for each in self.visits, self.lags:
+            if each.at is not None and each.at < now:
+                each.tell()
 
     def _begin(self, events):
         self.fanout.take_rest(self.role.streams)
@@ -2592,7 +2605,8 @@ class _Loop:
             raise RuntimeError('not the loop of this process')
 
     def _timeout(self, limit):
-        due = [each.at for each in (self.retry, self.visits) if each.at]
+        due = [each.at for each in (self.retry, self.visits, self.lags)
+               if each.at]
         if limit is not None:
             due.append(time.monotonic() + limit)
         return max(0, min(due) - time.monotonic()) if due else None
@@ -2701,10 +2715,11 @@ class _Hub:
 
     def _take_a_turn(self):
         """Whether there was one to be had, and nothing failed."""
-        loop, free = self.loop, self.loop.turn.free
+        loop, free, us = self.loop, self.loop.turn.free, _thread.get_ident()
         free.count(None)    # raises where the stack has no room for append()
         try:
             del free[0]     # as in _HandOver.send()
+            loop.turn.holder = us
         except IndexError:
             return False
         loop.turn.aim = None
@@ -2738,7 +2753,7 @@ class _Hub:
             return
         loop.closing = True
         deadline = time.monotonic() + _EXIT_TIME
-        loop.turn.outwait(_EXIT_STALL)
+        loop.turn.take_from_us()
         if self.thread is not None:
             if self.inbox.waker is not None:
                 self.inbox.waker.set()
@@ -4000,7 +4015,7 @@ class _Relay:
                 pass    # all is still ours, unless passed() says otherwise
             finally:
                 if bequest.passed():
-                    loop.visits.tell()
+                    loop.tell()
                     loop.log.say(
                         logging.INFO, 'handed on to %s, %d subscribers',
                         heir.who.partition(',')[0], len(leader.streams))

@@ -61,7 +61,9 @@ The turn is held by the loop from its waking to its sleeping, by the exit
 handler once the loop has ended, and by ``notify()``, if nobody has it, for a
 single send, or for all where a loop would starve. Outside it the loop's thread
 sleeps, and looks at the path. The inbox is where they meet: what both sides
-write there they write in one step.
+write there they write in one step. Without a GIL that is so by CPython's locks
+of deques, dicts and objects, of which its documentation promises the most: as
+of 3.14, which encodes no payload that another thread changes meanwhile.
 """
 
 import _thread
@@ -1310,25 +1312,6 @@ def _poll(*filenos):
         _libc.poll, ctypes.byref(pollfds), len(filenos), 0)
 
 
-def _counter():
-    """``itertools.count()``, of which each next() is one step in any case.
-
-    Without a GIL none is promised for that. The lock is free at once: who
-    holds it counts, and does nothing else. Not of threading, where it might
-    be a green one's; and a signal's handler, too, may come amid, and count.
-    """
-    numbers = itertools.count()
-    if _has_gil():
-        return numbers
-    lock = _thread.RLock()
-
-    def count():
-        with lock:
-            return next(numbers)
-
-    return iter(count, None)
-
-
 _yes = functools.partial(bool, True)    # somebody is, or may be, there
 _no = functools.partial(bool, False)    # nobody can be
 
@@ -1361,7 +1344,8 @@ class _Inbox:
         self.room = settings.buffer_size // _QUEUE_UNIT
         self.ahead = self.room // 2     # from here on they give way
         self.rest = None        # a line, and what each stream got of it
-        self.drops = _counter()     # += is not one step
+        # += is not one step; next() is, in CPython without a GIL as well.
+        self.drops = itertools.count()
         self.gap = None         # the last drop, or one of the last
         self.asleep = True      # the loop must be woken, or started
         self.waker = None
@@ -1385,14 +1369,17 @@ class _Inbox:
             self.drop()
             return
         if queued or len(line) > _SHORT or not self.hand_over(line):
-            # In one step, so that the loop never finds a line without pads;
-            # and no call, after which a signal's handler might raise.
+            # In one step, so that the loop never finds a line without pads
+            # (without a GIL it may, and finds those in its next turn); and no
+            # call, after which a signal's handler might raise.
             lines = self.lines
             lines += (line,) + (None,) * (len(line) // _QUEUE_UNIT)
         elif self.rest is None:
             return
         # The loop raises the flag before it looks at the queue for the last
-        # time. We append before we read the flag. One sees the other.
+        # time. We append before we read the flag. One sees the other: without
+        # a GIL, for both have held the lock of the queue in between. Gap, rest
+        # and flag are of one object, whose lock each store takes.
         try:
             if self.asleep:
                 self.wake()
@@ -1863,7 +1850,9 @@ class _Files:
                     each.close()
 
     def close(self):
-        for each in (*self._owned, self._selector):
+        # By refs, for others may collect keys meanwhile.
+        owned = [ref() for ref in self._owned.keyrefs()]
+        for each in (*owned, self._selector):
             if each is not None:
                 with contextlib.suppress(OSError):  # a service closes all
                     each.close()
@@ -2587,7 +2576,8 @@ class _Loop:
         timeout = 0
         if not (self.inbox.waiting() or self.fanout.again):
             self.inbox.asleep = True
-            if not self.inbox.waiting():    # after the flag: see emit()
+            self.inbox.lines.extend(())     # see emit()
+            if not self.inbox.waiting():
                 timeout = self._timeout(limit)
         events = self.files.wait(timeout)
         if self.visits.lately:

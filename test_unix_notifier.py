@@ -376,7 +376,6 @@ class SteppedHub(unix_notifier._Hub):
     starting = inside('_starting')
     tell_lags_at = inside('loop.lags.at')
     tell_visits_at = inside('loop.visits.at')
-    vacate = inside('loop.path.lock.vacate')
     wake = inside('loop.inbox.wake')
     waker = inside('loop.inbox.waker')
     anyone_seen = property(lambda self: bool(
@@ -3067,8 +3066,8 @@ class PathTest(HubCase):
             write(lock, owned)
             bound.append(lock.read()[self.path])
 
-        self.patch('_Lock.write', spy)
-        self.make_hub()
+        with fixtures.MockPatchObject(unix_notifier._Lock, 'write', spy):
+            self.make_hub()
         self.assertEqual(
             [unix_notifier._identity(os.stat(self.path))], bound)
 
@@ -4742,7 +4741,7 @@ class RelayPathTest(RelayCase):
 
     def leave(self, leader):
         """As at its end, amid whatever: it owes nobody anything."""
-        leader.vacate()
+        leader.lock.write(vacated=True)
         leader.die()
 
     def test_who_leads_knows_at_once_that_nobody_is_there(self):
@@ -6281,21 +6280,26 @@ class TransportTest(ConsumerTestCase):
 
 class CommandLineTest(base.BaseTestCase):
 
+    def text(self, found):
+        line = unix_notifier._text_line(found).decode()
+        self.assertEqual('\n', line[-1])
+        return line[:-1]
+
     def test_text_is_one_line_whatever_was_emitted(self):
-        text = unix_notifier._text(dict(
+        text = self.text(dict(
             message({'request_id': 'req-1\x1b[2J'}), event_type='a\nb\u202e'))
         self.assertEqual(
             'x  x  a\\nb\\u202e  x  req-1\\x1b[2J', text)
 
     def test_text_is_cut_where_nobody_would_read_on(self):
-        text = unix_notifier._text(dict(message({}), event_type='x' * 9999))
+        text = self.text(dict(message({}), event_type='x' * 9999))
         self.assertLess(len(text), 300)
 
     def test_text_of_what_is_deep_is_cut_too(self):
         deep = []
         for _ in range(10 ** 5):
             deep = [deep]
-        text = unix_notifier._text(dict(message({}), event_type=deep))
+        text = self.text(dict(message({}), event_type=deep))
         self.assertLess(len(text), 300)
 
     def test_text_ends_with_the_id_that_says_most(self):
@@ -6341,17 +6345,17 @@ class CommandLineTest(base.BaseTestCase):
                     'snapshot_id': None, 'share_id': 's', **ids}, 's'),
                 ('image.member.create', {
                     'member_id': 'm', 'image_id': 'i'}, 'i')):
-            text = unix_notifier._text(dict(
+            text = self.text(dict(
                 message(payload), event_type=event_type))
             self.assertEqual([last], text.split('  ')[4:] or ['x'], text)
 
     def test_text_of_a_loss_tells_how_many(self):
-        text = unix_notifier._text(json.loads(
+        text = self.text(json.loads(
             unix_notifier._lost_record(5, 'why')))
         self.assertTrue(text.endswith('{"lost": 5, "reason": "why"}'), text)
 
     def test_text_of_an_interruption_tells_how_long(self):
-        text = unix_notifier._text(json.loads(unix_notifier._record(
+        text = self.text(json.loads(unix_notifier._record(
             'notifications.interrupted', seconds=0.5, reason='why')))
         self.assertTrue(text.endswith('{"seconds": 0.5, "reason": "why"}'),
                         text)

@@ -709,9 +709,9 @@ class _Lock:
     make two owners.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, fd=None):
         self.path = path
-        self.fd = None
+        self.fd = fd    # as an heir holds it: a flock is the open file's
 
     def acquire(self):
         """Take the lock, or raise OSError; BlockingIOError if it is held."""
@@ -769,24 +769,21 @@ class _Lock:
         except (ValueError, TypeError, RecursionError):
             return {}   # new, or its owner died as it wrote
 
-    def write(self, bound):
-        """Name the owner and what it bound, for who comes after a crash."""
-        self._write(os.getpid(), {each.path: each.identity for each in bound})
+    def write(self, bound=(), vacated=False):
+        """Name the owner and what it bound, for who comes after a crash.
 
-    def vacate(self):
-        """Note that the owner leaves in good order: it owes nobody a line."""
-        self._write(None, {})
-
-    def vacated(self):
-        """Whether the last owner did; not if the file was lost meanwhile."""
-        return self.read().get('pid', 'unknown') is None
-
-    def _write(self, pid, identities):
-        record = dict(self.read(), pid=pid, **identities)
+        :param vacated: it leaves in good order, and owes nobody a line
+        """
+        record = dict(self.read(), pid=None if vacated else os.getpid(),
+                      **{each.path: each.identity for each in bound})
         data = json.dumps(record).encode('ascii')
         if os.pwrite(self.fd, data, 0) < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.path)
         os.ftruncate(self.fd, len(data))
+
+    def vacated(self):
+        """Whether the last owner did; not if the file was lost meanwhile."""
+        return self.read().get('pid', 'unknown') is None
 
     def intact(self):
         """Whether the lock is held, and on the file that others would open."""
@@ -795,11 +792,6 @@ class _Lock:
                 self.path, _identity(os.fstat(self.fd)))
         except OSError:     # others have closed the number
             return False
-
-    def adopt(self, fd):
-        """Hold what another process did: a flock belongs to the open file."""
-        self.fd = fd
-        return self
 
     def free(self):
         """Give it up, even if one that was to be the heir holds it open."""
@@ -1016,10 +1008,6 @@ class _Subscriber:
     visits = True           # what it sends us may go on without a pause
 
     def __init__(self, sock, backlog, who, uid=None, start=None):
-        """Make it.
-
-        :param start: a stream at whose cursor it begins, not at the tail
-        """
         self.sock = sock
         self.who = who
         self.uid = uid
@@ -1028,7 +1016,7 @@ class _Subscriber:
         self.half_closed = False    # it will send no more, but reads on
         self.discarded = 0      # bytes it sent us
         self.ended = None       # why, once it is to be seen off
-        # The cursor.
+        # The cursor: at the tail, or where another stream has its own.
         self.chunk = start.chunk if start else backlog.tail
         self.offset = start.offset if start else 0  # bytes that were sent
         # The account, in notifications: see received().
@@ -1037,16 +1025,13 @@ class _Subscriber:
         self.lagging = None     # ``lost`` when it began to lag
 
     def wanted(self):
-        """What the selector is to watch."""
         return (0 if self.half_closed else selectors.EVENT_READ) | (
             selectors.EVENT_WRITE if self.blocked else 0)
 
     def pending(self):
-        """Whether there is anything to send."""
         return self.chunk.next is not None
 
     def chunks(self):
-        """What there is to send."""
         chunk = self.chunk
         while chunk.next:
             if not chunk.data:
@@ -1332,11 +1317,7 @@ class _Inbox:
     """
 
     def __init__(self, settings, start):
-        """Make it.
-
-        :param start: to call where there is no loop to be woken
-        """
-        self._start = start
+        self._start = start     # where there is no loop to be woken
         self._mask_secrets = settings.mask_secrets
         self.hand_over = None   # _HandOver.send
         self.look = _yes        # until it is clear who serves
@@ -1369,17 +1350,14 @@ class _Inbox:
             self.drop()
             return
         if queued or len(line) > _SHORT or not self.hand_over(line):
-            # In one step, so that the loop never finds a line without pads
-            # (without a GIL it may, and finds those in its next turn); and no
-            # call, after which a signal's handler might raise.
+            # In one step, so that the loop finds no line without its pads (or,
+            # without a GIL, soon); and no call, for a handler may raise then.
             lines = self.lines
             lines += (line,) + (None,) * (len(line) // _QUEUE_UNIT)
         elif self.rest is None:
             return
         # The loop raises the flag before it looks at the queue for the last
-        # time. We append before we read the flag. One sees the other: without
-        # a GIL, for both have held the lock of the queue in between. Gap, rest
-        # and flag are of one object, whose lock each store takes.
+        # time. We append before we read the flag. One sees the other.
         try:
             if self.asleep:
                 self.wake()
@@ -1476,8 +1454,9 @@ class _Inbox:
             yield [self.lines.popleft() for _ in range(min(size, _BATCH))]
 
 
-# By which descriptors, after which look, and what that has to find.
-_Aim = collections.namedtuple('_Aim', 'fds look expected')
+# By which descriptors, what says that none took it, after which look, and
+# what that has to find.
+_Aim = collections.namedtuple('_Aim', 'fds none look expected')
 
 
 class _Turn:
@@ -1554,8 +1533,9 @@ class _HandOver:
         if 0 < len(role.streams) <= _HAND_OVER_MAX and not any(
                 each.blocked or each.ended or each.pending()
                 for each in role.streams):
-            self._turn.aim = _Aim([each.sock.fileno() for each
-                                   in role.streams], *role.clear())
+            self._turn.aim = _Aim(
+                [each.sock.fileno() for each in role.streams],
+                [-1] * len(role.streams), *role.clear())
 
     def send(self, line):
         """Whether it was, or has begun to be."""
@@ -1578,16 +1558,15 @@ class _HandOver:
                         or bool(aim.look()) is not aim.expected):
                     return False
                 self.busy_until = max(self.busy_until, now) + _HAND_OVER_TIME
-                count = len(aim.fds)
-                whole, none = [size] * count, [-1] * count
+                whole = [size] * len(aim.fds)
                 # What map() calls has left its result in the list by then.
-                sent.extend(map(_libc.send, aim.fds, (line,) * count,
-                                (ctypes.c_size_t(size),) * count,
-                                (_AT_ONCE,) * count))
+                sent.extend(map(_libc.send, aim.fds, itertools.repeat(line),
+                                map(ctypes.c_size_t, whole),
+                                itertools.repeat(_AT_ONCE)))
             finally:    # without a call, or a frame, until all is noted
                 if sent == whole:
                     self._backlog.tail.first += 1   # as if it had been there
-                elif sent and sent != none:
+                elif sent and sent != aim.none:
                     inbox.rest = line, sent
                 free.append(True)
             inbox.wake_if_due(now)
@@ -1596,7 +1575,7 @@ class _HandOver:
                 inbox.wake()
             if not sent or not isinstance(error, Exception):
                 raise
-        return sent != none
+        return sent != aim.none
 
 
 # -- the desk: what lasts, what is told, what is open -------------------------
@@ -1702,7 +1681,6 @@ class _Log:
                  exc_info=exc_info)
 
     def well(self):
-        """Nothing failed."""
         if self._kinds:
             self.say(logging.WARNING, 'all is well again: %s; tried %d times '
                      'since %s: %s', self._state, self._tries,
@@ -1747,11 +1725,9 @@ class _Visits:
         self.at = self._next
 
     def crowd(self):
-        """Whether it is a crowd that comes."""
         return self._events['connected'] + self._events['refused'] > _CROWD
 
     def tell(self):
-        """Log what was noted."""
         if self._events.total() > len(self._texts):
             self._texts = ['subscribers %s; most often %s' % (
                 ', '.join('%s: %d' % each for each in self._events.items()),
@@ -1790,7 +1766,6 @@ class _Files:
         self._selector = None
 
     def is_open(self):
-        """Whether there is a selector."""
         return self._selector is not None
 
     def open(self, waker):
@@ -1893,11 +1868,6 @@ class _Path:
         self.make_way(suffix)
         return _bind(self._files.own(_unix_socket), self.name(suffix), mode,
                      self.lock, gid, backlog)
-
-    def serve(self):
-        """Bind what subscribers connect to, as the options say."""
-        gid = _gid(self._settings.group)
-        return self.bind(mode=self._settings.mode, gid=gid)
 
     def put(self, bound, suffix=''):
         """Have it take the place of what was bound before."""
@@ -2092,6 +2062,7 @@ class _Leader:
         self._start = start     # for who waits, in the first turn
         self._others = loop.others(loop)
         self._door = _Door(loop.files, loop.log, loop.visits)
+        self.last_call = self._door.lock    # who comes is for the next leader
         self._places = _Places(loop)
         self.streams = self._places.taken
         self._look = _no        # at who waits
@@ -2142,8 +2113,10 @@ class _Leader:
 
     def _serve(self, bound=None):
         """Bind and listen. What was bound before has lost the path."""
+        settings = self._loop.settings
         try:
-            bound = bound or self._path.serve()
+            bound = bound or self._path.bind(
+                mode=settings.mode, gid=_gid(settings.group))
         except OSError:
             self._path.lock.close()     # whoever can may have the path
             raise
@@ -2160,8 +2133,7 @@ class _Leader:
             bound.unlink()      # or it would pass for served
             raise
         self._loop.log.serves('served with mode %04o, group %s, by pid %d' % (
-            self._loop.settings.mode, self._loop.settings.group or 'unchanged',
-            self._loop.pid))
+            settings.mode, settings.group or 'unchanged', self._loop.pid))
 
     def accept(self):
         """Let in who waits, looked at now, whatever was reported before."""
@@ -2251,10 +2223,6 @@ class _Leader:
             self._path.bound[''].unlink()
         self._others.cut_off()
 
-    def last_call(self):
-        """Who comes now is for the next leader."""
-        self._door.lock()
-
     def close(self):
         """End all streams. Followers go on with the listener."""
         self._places.clear_all('the service stops')
@@ -2299,7 +2267,6 @@ class _Places:
             self.clear(subscriber, error.strerror)
 
     def let_go(self):
-        """Close what another process has by now."""
         for each in self.taken:
             self._loop.files.unwatch(each.sock)
         _close_all(each.sock for each in self.taken)
@@ -2477,10 +2444,6 @@ class _Loop:
     seek = _Seeker
 
     def __init__(self, settings, start):
-        """Make it; nothing is opened.
-
-        :param start: what inbox.wake() calls while there is no waker
-        """
         self.settings = settings
         self.pid = os.getpid()      # whose it is; None in a forked child
         self.log = _Log(settings.path)
@@ -2576,8 +2539,11 @@ class _Loop:
         timeout = 0
         if not (self.inbox.waiting() or self.fanout.again):
             self.inbox.asleep = True
-            self.inbox.lines.extend(())     # see emit()
-            if not self.inbox.waiting():
+            # Without a GIL stores may be seen late, but not behind a lock that
+            # both sides take: this takes the queue's. Each store to an object
+            # takes that one's, and gap and rest are beside the flag.
+            self.inbox.lines.extend(())
+            if not self.inbox.waiting():    # after the flag: see emit()
                 timeout = self._timeout(limit)
         events = self.files.wait(timeout)
         if self.visits.lately:
@@ -2667,7 +2633,10 @@ class _Hub:
         if _is_uwsgi_master():
             self.inbox.lines.clear()
         elif self.thread is None and _starves():
-            self._work_here()
+            # The leader hears of it at once. Its answer is taken at the next
+            # call, and so is what the kernel does not take now.
+            while self._take_a_turn() and self.inbox.waiting():
+                pass    # who came meanwhile did not get the turn
         elif not self.loop.closing and self._starting.acquire(blocking=False):
             try:
                 if self.thread is None and (
@@ -2694,17 +2663,8 @@ class _Hub:
         if process.parent_process() is not None:
             util.Finalize(None, self.close, exitpriority=0)
 
-    def _work_here(self):
-        """What a turn is for a follower that has no loop, in notify().
-
-        The leader hears of it at once. Its answer is taken at the next call,
-        and so is what the kernel does not take now.
-        """
-        while self._take_a_turn() and self.inbox.waiting():
-            pass    # who came meanwhile did not get the turn
-
     def _take_a_turn(self):
-        """Whether there was one to be had, and nothing failed."""
+        """For a follower that has no loop; whether there was one to be had."""
         loop, free, us = self.loop, self.loop.turn.free, _thread.get_ident()
         free.count(None)    # raises where the stack has no room for append()
         try:
@@ -2717,7 +2677,12 @@ class _Hub:
         try:
             if loop.closing:
                 return False
-            self._say_what_it_is()
+            if not loop.starves:
+                loop.starves = True
+                loop.log.say(
+                    logging.WARNING, 'monkey-patched, under a server that '
+                    'runs no hub between requests, this process only follows, '
+                    'and sends as it emits')
             loop.open()
             loop.work([(loop.role.hear, 0)])
             return True
@@ -2726,15 +2691,8 @@ class _Hub:
             free.append(True)
             if unsaid:
                 # Not a Thread, whose start() waits for it to run.
-                _thread.start_new_thread(_log_all, (unsaid,))
-
-    def _say_what_it_is(self):
-        if not self.loop.starves:
-            self.loop.starves = True
-            self.loop.log.say(
-                logging.WARNING, 'monkey-patched, under a server that runs no '
-                'hub between requests, this process only follows, and sends '
-                'as it emits')
+                _thread.start_new_thread(
+                    list, (itertools.starmap(LOG.log, unsaid),))
 
     def close(self):
         """Send what is queued, for a second at most, and free the path."""
@@ -2778,7 +2736,7 @@ class _Hub:
             if (loop.path.lock.fd is not None and not loop.inbox.waiting()
                     and loop.fanout.backlog.tail.first == accounted):
                 with contextlib.suppress(OSError):
-                    loop.path.lock.vacate()
+                    loop.path.lock.write(vacated=True)
             loop.role.close()
             loop.files.close()
 
@@ -2849,11 +2807,6 @@ def _starves():
     return _is_patched() and ('mod_wsgi' in sys.modules or (
         'uwsgi' in sys.modules
         and getattr(sys.modules['uwsgi'], 'loop', None) is None))
-
-
-def _log_all(records):
-    for record in records:
-        LOG.log(*record)
 
 
 # -- the driver -------------------------------------------------------------
@@ -3056,7 +3009,6 @@ class UnixDriver(notifier.Driver):
 # the lock does not say that the last leader left in good order, what that had
 # taken in is lost, and who waits by then sees the end of the stream, as those
 # do whom it had accepted.
-
 #
 # A leader that leaves in good order asks its followers for an heir, and
 # passes each who could be one a channel of its own. The first to answer is
@@ -3140,12 +3092,6 @@ class _Uplink(_Subscriber):
 
     def wanted(self):
         return super().wanted() if self.greeted else selectors.EVENT_READ
-
-    def greet(self):
-        """The leader takes lines from now on."""
-        self.greeted = True
-        self.since = time.monotonic()
-        self.blocked = False
 
     def wake_leader(self):
         """Have it look after its path; as what is pending would, too."""
@@ -3447,6 +3393,10 @@ class _Bequest:
         As in a turn: what is due, then who has come, for they get it, too.
         """
         inbox, fanout = loop.inbox, loop.fanout
+        # Before the followers are drained, who come back at once: from here on
+        # the kernel tells them that it is the heir whom they follow.
+        self._tell(loop.path.lock, loop.path.bound['.relay'].sock)
+        self._relay.drain()
         fanout.take_rest(self._leader.streams)
         due = inbox.count()
         self._leader.let_in()
@@ -3465,14 +3415,6 @@ class _Bequest:
     def close(self):
         """If the last word was not said, the heir hears that it is none."""
         _close_all(filter(None, (self._heir,)))
-
-    def pass_path(self, path):
-        """Pass lock and relay; an OSError: they are still ours.
-
-        Before the followers are drained, who come back at once: from here on
-        the kernel tells them that it is the heir whom they follow.
-        """
-        self._tell(path.lock, path.bound['.relay'].sock)
 
     def _pass(self, streams, path, backlog):
         file = self._own(_memory_file)
@@ -3502,8 +3444,7 @@ class _Estate:
     def __init__(self, loop, channel):
         self._loop = loop
         self._channel = channel
-        self._lock = _Lock(loop.path.lock.path)
-        self._relay = None      # a socket
+        self._lock = self._relay = None     # a _Lock, and a socket
         # What _owed() told of the relay, of chunks and of streams.
         self._identity = self._chunks = self._streams = None
         self._data = b''
@@ -3515,12 +3456,9 @@ class _Estate:
         loop.files.watch(channel, self._on_message)
         self._answer()
 
-    def is_ours(self):
-        return self._lost is not None
-
-    def is_late(self):
-        """Whether the leader has had all the time that it has."""
-        return time.monotonic() > self._until
+    def is_coming(self):
+        """Whether it is not ours yet, and the leader has time left."""
+        return self._lost is None and time.monotonic() <= self._until
 
     def _answer(self):
         with contextlib.suppress(OSError):  # the end of it is read next
@@ -3529,13 +3467,13 @@ class _Estate:
     def _on_message(self, _mask=0):
         """Take in what has come, until it is ours, or will not be."""
         try:
-            if not (self.over or self.is_ours()):
+            if not self.over and self._lost is None:
                 self._take_message()
         except BlockingIOError:     # see _Event.clear()
             return
         except (OSError, ValueError, TypeError):
             self._close()
-        if self.over or self.is_ours():
+        if self.over or self._lost is not None:
             self._loop.retry.at = time.monotonic()  # look_after(), at once
 
     def finish(self):
@@ -3545,7 +3483,7 @@ class _Estate:
         """
         if not self.over:
             self._channel.shutdown(socket.SHUT_RD)
-        while not (self.over or self.is_ours()):
+        while not self.over and self._lost is None:
             self._on_message()
         return not self.over
 
@@ -3573,7 +3511,7 @@ class _Estate:
         own = self._loop.files.own
         if self._relay is None:
             lock, relay = fds
-            own(self._lock.adopt, lock)
+            self._lock = own(_Lock, self._loop.path.lock.path, lock)
             self._relay = own(_unix_socket, relay)
             if not self._lock.intact():
                 raise ValueError
@@ -3614,7 +3552,7 @@ class _Estate:
                  '.relay')
         self._relay = None
         with contextlib.suppress(OSError):  # full; all but the pid is there
-            path.lock.write(())
+            path.lock.write()
 
     def subscribers(self, tail, backlog):
         """Those that were passed, at what they are owed, ahead of a chunk."""
@@ -3707,7 +3645,7 @@ class _Follower:
     def look_after(self):
         loop, uplink = self._loop, self._uplink
         if self._inherits():
-            if not (self._estate.is_ours() or self._estate.is_late()):
+            if self._estate.is_coming():
                 raise BlockingIOError(errno.EAGAIN, 'handed on by '
                                       + uplink.who, self._relay_path)
             if self._estate.finish():
@@ -3827,8 +3765,8 @@ class _Follower:
             loop.log.serves('relayed to ' + uplink.who, anew=False)
             if not anyone:
                 uplink.forget(loop.fanout.backlog)    # nobody is owed it
-        uplink.greet()
-        loop.retry.at = uplink.since    # at once: all is well
+        uplink.greeted, uplink.blocked = True, False
+        uplink.since = loop.retry.at = time.monotonic()     # all is well
 
     def see_off(self, uplink):
         """The leader has gone. What it is owed is kept for the next."""
@@ -3997,9 +3935,6 @@ class _Relay:
             try:
                 heir = leader.intact() and self._meet() and bequest.ask()
                 if heir:
-                    bequest.pass_path(self._path)
-                    for each in self.sources:
-                        self._drain(each)
                     bequest.pass_on(loop)
             except OSError:
                 pass    # all is still ours, unless passed() says otherwise
@@ -4033,6 +3968,9 @@ class _Relay:
             with contextlib.suppress(OSError):
                 _let_go(relay.sock, self._loop.files.own)
         self._path.free('.relay')
+        self.drain()
+
+    def drain(self):
         for each in self.sources:
             self._drain(each)
 
@@ -4243,7 +4181,7 @@ def _select(until, waker, sock):
     return [key.fileobj for key, _ in ready], time.monotonic() - began
 
 
-class _Subscription(abc.Iterator):
+class _Subscription(contextlib.AbstractContextManager, abc.Iterator):
     """A socket that is followed; what subscribe() returns.
 
     One thread reads. close() and wake() are for any.
@@ -4264,6 +4202,7 @@ class _Subscription(abc.Iterator):
         self._retry = _Backoff()    # its delay outlasts a connection
         self.log = _ReaderLog(self.path)
         self._waker = _Event()
+        self.wake = self._waker.set     # have take() return early, once
         self._connect()
 
     def __next__(self):
@@ -4272,9 +4211,6 @@ class _Subscription(abc.Iterator):
             if message is not None:
                 return message
         raise StopIteration
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_exception):
         self.close()
@@ -4289,10 +4225,6 @@ class _Subscription(abc.Iterator):
         if self._reading.acquire(blocking=False):
             self._disconnect()
             self._reading.release()
-
-    def wake(self):
-        """Have take(), now or the next time it would wait, return early."""
-        self._waker.set()
 
     def take(self, deadline=math.inf, paused=False):
         """The next message, or None: in time, or after wake(), there is none.
@@ -4880,9 +4812,9 @@ def _fields(message):
     return list(map(_printable, (*fields, *itertools.islice(ids, 1))))
 
 
-def _text(message):
+def _text_line(message):
     """One readable line, whole, for whatever reads it next."""
-    return '  '.join(_fields(message))
+    return b'%s\n' % '  '.join(_fields(message)).encode()
 
 
 def _cells(text):
@@ -5045,14 +4977,10 @@ def _write(data):
             select.select([], [output], [])
 
 
-def _line_of(message, text):
-    # Not the line as it came, which need not be strict, nor harmless.
-    return b'%s\n' % _text(message).encode() if text else _strict(message)
-
-
 def _print(stream, arguments):
     count = 0
-    line_of = functools.partial(_line_of, text=arguments.text)
+    # Not the line as it came, which need not be strict, nor harmless.
+    line_of = _text_line if arguments.text else _strict
     terminal = arguments.text is not False and _is_terminal(sys.stdout)
     if terminal:
         line_of = _Terminal().line

@@ -482,6 +482,7 @@ class SteppedHub(unix_notifier._Hub):
 
     on_accept = functools.partialmethod(_hook, 'loop.role.let_in')
     on_close_listener = functools.partialmethod(_hook, 'loop.path.free')
+    on_crowd = functools.partialmethod(_hook, 'loop.visits.crowd')
     on_flush = functools.partialmethod(_hook, 'loop.fanout.flush')
     on_work = functools.partialmethod(_hook, 'loop.inbox.count')
     on_turn = functools.partialmethod(_hook, 'loop.step')
@@ -2134,7 +2135,11 @@ class QueueTest(HubCase):
                                       another_thread_drops):
             self.emit(hub, [140])
         self.pump(hub, client, 142)
-        self.assertEqual([76, 2], lost(client.messages))
+        hub.drop()
+        with fixtures.MockPatchObject(unix_notifier, '_encode', none_left):
+            self.emit(hub, [143])       # nor is it even serialized
+        self.pump(hub, client, 144)
+        self.assertEqual([76, 2, 2], lost(client.messages))
 
     def test_who_connects_before_a_drop_is_told_of_it(self):
         hub, late = self.make_hub(sock_buffer_size=65536), []
@@ -2586,10 +2591,24 @@ class AcceptTest(HubCase):
 
         # The first were told of at once, so they do not count.
         self.assertEqual([129, 129, 129, 9], [waiting() for _ in range(4)])
+        # However fast they come, a turn ends.
+        listener = self.script(hub, *[self.connect] * 99)
+        self.connect(hub)
+        self.assertEqual(10, listener.accepts)
+        listener.script.clear()
+        hub.turn()
         for expected in 9, 129:
             hub.tell_visits_at = 0
             hub.turn()
             self.assertEqual(expected, waiting())
+
+    def test_all_who_came_before_a_crowd_is_held_back_are_met(self):
+        self.patch('_CROWD', 0)
+        hub, late = self.make_hub(), []
+        end = hub.on_crowd(lambda: end() or late.extend(
+            self.connect() for _ in range(50)))
+        self.connect(hub)
+        self.assertServed(hub, *late)
 
     def test_one_too_many_is_refused_with_a_reason(self):
         hub = self.make_hub(sock_max_subscribers=2)
@@ -2621,6 +2640,17 @@ class AcceptTest(HubCase):
                 act()
                 hub.turn()
             self.assertGreater(time.monotonic() - begin, 5 * 0.02)
+
+    def test_who_comes_now_and_then_has_a_turn_at_once_however_busy(self):
+        self.patch('_REST', 0)      # so that nobody comes without a pause
+        hub, naps = self.make_hub(), []
+        with fixtures.MonkeyPatch('time.sleep', naps.append), (
+                fixtures.MonkeyPatch('time.thread_time',
+                                     lambda: time.monotonic() / 2)):
+            for _ in range(3):
+                self.connect(hub)
+                hub.turn()
+        self.assertEqual([], naps)
 
     def test_who_is_refused_in_a_loop_costs_little(self):
         """All are asked once a turn whether they are there, not by each."""
@@ -2666,12 +2696,14 @@ class AcceptTest(HubCase):
 
     def test_half_closed_stays_but_a_ghost_gives_up_its_place(self):
         hub = self.make_hub(sock_max_subscribers=2)
-        ghost, half = self.connect(hub), self.connect(hub)
-        for each in ghost, half:
-            each.sock.shutdown(socket.SHUT_WR)
-        hub.turn()
-        ghost.sock.close()
-        self.assertFalse(hub.turn())    # nothing spins
+        half = self.connect(hub)
+        for _ in range(2):
+            ghost = self.connect(hub)
+            for each in ghost, half:
+                each.sock.shutdown(socket.SHUT_WR)
+            hub.turn()
+            ghost.sock.close()
+            self.assertFalse(hub.turn())    # nothing spins
         self.assertServed(hub, half, self.connect(hub))
         half.sock.close()
         self.emit(hub, range(1))            # finds out
@@ -2953,6 +2985,19 @@ class PathTest(HubCase):
         self.assertNames(self.log.output.splitlines()[-1], '[Errno 2]',
                          self.dir)
 
+    def test_troubles_that_take_turns_are_told_once_each(self):
+        hub = self.make_hub()
+        client = self.connect(hub)
+        os.unlink(self.path)
+        for _ in range(3):
+            touch(self.path)
+            hub.look_again()
+            os.rename(self.dir, self.dir + '2')
+            hub.look_again()
+            os.rename(self.dir + '2', self.dir)
+        self.assertLogged('; trying again', 2)
+        self.assertServed(hub, client)
+
     def test_who_serves_is_told_again(self):
         hub = self.make_hub()
         text = 'served with mode 0660, group unchanged, by pid %d, since 20'
@@ -3075,7 +3120,9 @@ class PathTest(HubCase):
         hub = self.make_hub()
         clients = [self.connect(hub), self.connect()]   # one is not accepted
         os.unlink(self.path)
+        end = hub.on_work(self.spy(hub))    # the gate stays open
         hub.look_again()
+        end()
         self.assertServed(hub, *clients, self.connect(hub))
         self.assertLogged('served with', 2)
 
@@ -3250,6 +3297,7 @@ class WakeTest(HubCase):
         hub, _ = self.start_hub()
         with held_elsewhere(hub.taken()):
             hub.close()
+        self.assertFalse(os.path.exists(self.path))
         self.assertEqual(1, hub.tokens)
 
     def test_close_before_the_loop_has_started(self):

@@ -4003,6 +4003,21 @@ class RelayCase(HubCase):
         leader, = (hub for hub in hubs if hub.leads)
         return leader
 
+    def assertKeepsNothing(self, hub, lead):
+        """Of what it emits, once it leads."""
+        gc.collect()
+        gc.disable()
+        self.addCleanup(gc.enable)
+        lead()
+        self.step(hub)
+        late = self.connect(hub)
+        for number in range(100):
+            self.emit(hub, range(number, number + 1))
+            self.step(hub)
+        self.assertEqual(100, len(late.read()))
+        self.assertGreater(50, sum(isinstance(each, unix_notifier._Chunk)
+                                   for each in gc.get_objects()))
+
 
 class RelayStartTest(RelayCase):
 
@@ -4115,6 +4130,18 @@ class RelayStartTest(RelayCase):
         self.assertEqual([0, 1, 2], sorted(
             each['payload']['n'] for each in client.messages))
 
+    def test_child_without_a_hook_leaves_the_number_of_an_event(self):
+        """Which no identity tells from another file."""
+        _, follower = self.make_pair()
+        number = follower.presence.fileno()
+
+        def child():
+            os.dup2(1, number)
+            follower.abandon(certain=False)
+            os.fstat(number)
+
+        self.assertEqual('', in_child(child, ctypes.PyDLL(None).fork))
+
     def test_line_as_a_start_has_failed_leaves_the_flag_up(self):
         self.addCleanup(listen(self.path).close)    # somebody may be there
         hub = SteppedRelayHub(self.make_settings(), stepped=False)
@@ -4150,8 +4177,10 @@ class RelayStartTest(RelayCase):
             # The first has to wait for the leader's answer.
             self.assertEqual(number and number + 1, account(client.read()))
         self.emit(hub, range(10, 11), size=2 ** 20)     # the kernel takes it
-        wait_until(lambda: hub.wake()                   # by and by
-                   or self.step(leader) or account(client.read()) == 11)
+        self.step(leader)                               # by and by
+        self.emit(hub, range(11, 12))   # not amid that
+        wait_until(lambda: hub.wake()
+                   or self.step(leader) or account(client.read()) == 12)
         # notify() never logs: another thread does.
         wait_until(lambda: 'relayed to' in self.log.output)
         for each in self.log.output.splitlines():
@@ -4805,18 +4834,7 @@ class RelayPathTest(RelayCase):
         self.step(leader, follower)
         leader.die()
         self.emit(follower, range(1))       # is owed to who waits
-        gc.collect()
-        gc.disable()
-        self.addCleanup(gc.enable)
-        self.settle(follower)
-        self.step(follower)
-        late = self.connect(follower)
-        for number in range(100):
-            self.emit(follower, range(number, number + 1))
-            self.step(follower)
-        self.assertEqual(100, len(late.read()))
-        self.assertGreater(50, sum(isinstance(each, unix_notifier._Chunk)
-                                   for each in gc.get_objects()))
+        self.assertKeepsNothing(follower, lambda: self.settle(follower))
 
     def test_follower_that_cannot_watch_the_leader_tries_again(self):
         leader, follower = self.make_pair()
@@ -4887,6 +4905,8 @@ class RelayPathTest(RelayCase):
             if leader.called_last:
                 clients.append(self.connect())
                 slow.receive(2 ** 23)
+                follower.turn()     # it hears of the end last
+                self.assertTrue(follower.uplink.greeted)
 
         leader.on_turn(before=come)
         leader.finish()
@@ -4921,6 +4941,25 @@ class RelayPathTest(RelayCase):
         self.step(follower)
         self.assertEqual(bound, os.stat(self.path).st_ino)
         self.assertEqual(3, account(client.read()))
+
+    def test_who_comes_to_a_successor_misses_nothing(self):
+        """It gets what is on its way, and so all that follows."""
+        leader, follower = self.make_pair()
+        self.connect(leader)
+        self.step(follower)
+        self.leave(leader)
+        self.emit(follower, range(3))
+        late = []
+
+        def come():     # once it leads, and before it has accepted anybody
+            if follower.leads and not late:
+                self.emit(follower, range(3, 4))
+                late.append(self.connect())
+
+        follower.on_work(come)
+        self.assertIs(follower, self.settle(follower))
+        self.emit(follower, range(4, 5))
+        self.pump(follower, late[0], 5)
 
     def test_successor_leads_at_once_even_of_who_has_just_greeted(self):
         leader, follower = self.make_pair()
@@ -5003,7 +5042,7 @@ class RelayPathTest(RelayCase):
         os.unlink(self.path + '.relay')
         self.leave(leader)
         with trouble(follower):
-            follower.look_again(3)
+            follower.look_again(9)
             self.assertFalse(follower.served)
         self.assertIs(follower, self.settle(follower))
         self.pump(follower, client, 3)
@@ -5023,13 +5062,16 @@ class RelayPathTest(RelayCase):
             side_effect=OSError(errno.ENOSPC, 'full')))
 
     def test_who_came_as_a_leader_left_is_owed_what_it_emitted_since(self):
-        for emits in (False, True):
+        for emits, slow in ((False, 0), (True, 0), (True, 2 ** 22)):
             leader, follower = self.make_pair()
+            self.connect(leader)
+            self.emit(leader, range(1), size=slow)  # others have yet to read
+            leader.turn()
             late = []
 
             def last_turn():
                 late.append(self.connect())     # it accepts no more
-                if emits:
+                if emits and len(late) == 1:
                     self.emit(leader, range(1))     # another thread does
 
             leader.on_turn(after=last_turn)
@@ -5054,11 +5096,26 @@ class RelayPathTest(RelayCase):
         self.step(newcomer)
         self.pump(leader, client, 5)
 
+    def test_newcomer_without_descriptors_owes_all(self):
+        leader = self.make_newcomer(self.make_settings())
+        self.step(leader)
+        client = self.connect(leader)
+        newcomer = self.make_newcomer(leader.settings)
+        with mock.patch('os.open', autospec=True,
+                        side_effect=OSError(errno.EMFILE, 'full')):
+            newcomer.look_again(9)
+            self.emit(newcomer, range(1))
+            newcomer.look_again(2)
+        self.assertIs(leader, self.settle(leader, newcomer))
+        self.step(newcomer)
+        self.pump(leader, client, 1)
+
     def test_who_can_neither_lead_nor_follow_keeps_nothing_until_it_may(self):
         for hinder, free in ((os.rmdir, os.mkdir), (touch, os.unlink)):
             path = self.dir if hinder is os.rmdir else self.path
             hinder(path)
             newcomer = self.make_newcomer(self.make_settings())
+            self.emit(newcomer, [7])    # as somebody might be there
             newcomer.look_again(9)
             with mock.patch.object(unix_notifier, '_encode', autospec=True,
                                    side_effect=AssertionError):
@@ -5083,6 +5140,8 @@ class RelayPathTest(RelayCase):
         leader, follower = self.make_pair()
         os.unlink(self.path)
         follower.look_again()
+        # Which wakes the leader, idle as it is.
+        self.assertTrue(select.select([leader.selector], [], [], 0)[0])
         leader.overdue()
         self.step(follower, leader)
         self.assertTrue(os.path.exists(self.path))
@@ -5111,15 +5170,21 @@ class RelayPathTest(RelayCase):
         os.unlink(self.path + '.relay')
         newcomer = self.make_newcomer(leader.settings)
         newcomer.look_again(8)
+        self.emit(newcomer, range(1))   # is owed, for somebody leads
         # It does not disturb one that is about to leave.
         selector = leader.selector.fileno()
         self.assertFalse(select.select([selector], [], [], 0)[0])
         newcomer.look_again()
         # Which wakes the leader, idle as it is.
         self.assertTrue(select.select([selector], [], [], 0)[0])
+        newcomer.look_again()
+        client = self.connect()
         leader.overdue()
         self.step(leader)
         self.assertTrue(os.path.exists(self.path + '.relay'))
+        self.assertIs(leader, self.settle(leader, newcomer))
+        self.step(newcomer)
+        self.pump(leader, client, 1)
 
     def test_newcomer_keeps_all_until_a_leader_without_lock_has_noticed(self):
         leader, follower = self.make_pair()
@@ -5209,6 +5274,15 @@ class RelayWordsTest(RelayCase):
 
     """Relay: what the other side may say."""
 
+    def pose_as_leader(self, backlog=8):
+        """Have the lock, and the relay, which is returned."""
+        lock = unix_notifier._Lock(self.path + '.lock')
+        self.addCleanup(lock.close)
+        lock.acquire()
+        relay = listen(self.path + '.relay', backlog)
+        self.addCleanup(relay.close)
+        return relay
+
     def test_losses_that_stand_together_make_one_record(self):
         one = line(0)
         for block, expected in (
@@ -5240,11 +5314,7 @@ class RelayWordsTest(RelayCase):
             self.assertLess(len(str(error)), 500)
 
     def test_leader_that_accepts_nobody_is_not_waited_for(self):
-        lock = unix_notifier._Lock(self.path + '.lock')
-        self.addCleanup(lock.close)
-        lock.acquire()
-        relay = listen(self.path + '.relay', 0)
-        self.addCleanup(relay.close)
+        relay = self.pose_as_leader(backlog=0)
         first = socket.socket(socket.AF_UNIX)
         self.addCleanup(first.close)
         first.connect(self.path + '.relay')
@@ -5257,12 +5327,29 @@ class RelayWordsTest(RelayCase):
         thread.join(WAIT)
         self.assertFalse(waits)
 
+    def test_leader_that_hangs_up_each_time_is_asked_ever_less_often(self):
+        relay, event = self.pose_as_leader(), unix_notifier._Event()
+        follower = self.make_newcomer(self.make_settings())
+        now, waits = [time.monotonic()], []
+        with fixtures.MonkeyPatch('time.monotonic', lambda: now[0]):
+            for lasts in [0] * 10 + [60, 0]:
+                follower.look_again()
+                with relay.accept()[0] as leader:
+                    socket.send_fds(
+                        leader, [unix_notifier._HELLO + b' [1, 2, 3]\n'],
+                        [relay.fileno(), event.fileno()])
+                    self.step(follower)
+                    now[0] += lasts
+                self.step(follower, follower)
+                # At once, it has asked again.
+                waits.append(follower.uplink.sock is None
+                             and follower.retry_at - now[0])
+        self.assertEqual([False, False], [waits[0], waits[10]])
+        self.assertTrue(0 < waits[11] <= 0.01 < 0.49 < waits[9] <= 1, waits)
+        self.assertLogged('it hangs up each time')
+
     def test_leader_that_says_no_hello_is_gone_and_is_told_of_once(self):
-        lock = unix_notifier._Lock(self.path + '.lock')
-        self.addCleanup(lock.close)
-        lock.acquire()
-        relay = listen(self.path + '.relay')
-        self.addCleanup(relay.close)
+        relay = self.pose_as_leader()
         follower = self.make_newcomer(self.make_settings())
         event, file = unix_notifier._Event(), open(self.path, 'w+')
         self.addCleanup(file.close)

@@ -4371,6 +4371,8 @@ class RelayHeirTest(RelayCase):
         self.step(leader, heir, other)
         wait_until(lambda: self.step(leader, heir, other) or other.follows)
         leader.turn()   # has heard of it
+        bound = [os.stat(self.path + each).st_mtime_ns
+                 for each in ('', '.relay')]
         # Of each: on its way, queued, and owed in part.
         self.emit(heir, range(3, 5), size=2 ** 18)
         self.step(heir)
@@ -4380,7 +4382,10 @@ class RelayHeirTest(RelayCase):
         self.emit(other, range(60, 64), size=60000)
         other.turn()
         self.leave(leader, other)       # the newest, so it is the heir
+        self.assertLogged('subscriber connected', 3)
         other.turn()
+        self.assertEqual(bound, [os.stat(self.path + each).st_mtime_ns
+                                 for each in ('', '.relay')])
         self.assertLogged('handed on to pid %d, 3 subscribers' % os.getpid(),
                           2)
         self.assertNotIn('parted', self.log.output)
@@ -4421,13 +4426,16 @@ class RelayHeirTest(RelayCase):
             for _ in range(chance.randrange(1, 30)):
                 if chance.random() < 0.3:
                     streams.append(unix_notifier._Subscriber(
-                        FakeSocket(), backlog, 'pid 1'))
+                        FakeSocket(), backlog, 'pid 1', chance.randrange(9)))
                 elif chance.random() < 0.2:
                     backlog.append(b'', 0, chance.randrange(1, 9), 'a test')
                 else:
                     backlog.extend([line(next(numbers)) for _ in range(
                         chance.randrange(1, 9))])
                 for each in streams:
+                    each.half_closed = chance.random() < 0.5
+                    each.discarded = chance.randrange(9)
+                    each.lagging = chance.choice((None, each.lost))
                     each.sock.room = chance.choice((0, 0, 50, 500))
                     if each.pending():
                         each.flush()
@@ -4456,7 +4464,8 @@ class RelayHeirTest(RelayCase):
                 while each.pending():
                     each.flush()
         for one, two in zip(streams, passed):
-            for name in ('before', 'behind', 'lost', 'lagging', 'who'):
+            for name in ('before', 'behind', 'who', 'uid', 'half_closed',
+                         'discarded', 'lost', 'lagging'):
                 self.assertEqual(getattr(one, name), getattr(two, name), name)
             self.assertEqual(one.sock.data, two.sock.data)
             self.assertEqual(one.received(), two.received())
@@ -4486,6 +4495,26 @@ class RelayHeirTest(RelayCase):
                 files.append(len(open_files()))
         self.assertAccount(leader, 50, client)
         self.assertEqual(1, len(set(files)), files)
+
+    def test_heir_keeps_nothing_for_who_might_have_waited(self):
+        leader, heir = self.make_pair()
+        self.connect(leader)
+        self.step(heir)
+        self.assertKeepsNothing(heir, lambda: self.leave(leader, heir))
+
+    def test_events_that_tell_of_nothing_hold_nobody_up(self):
+        """As there are under eventlet, after a fork."""
+        leader, heir = self.make_pair()
+        client = self.connect(leader)
+        for hub in leader, heir:
+            hub.on_select(lambda _, selector=hub.selector: [
+                (key, selectors.EVENT_READ)
+                for key in selector.get_map().values()])
+        self.step(leader, heir)
+        self.leave(leader, heir, heir)
+        self.step(heir, heir)
+        self.assertServed(heir, client)
+        self.assertLogged('handed on', 2)
 
     def test_nobody_rests_meanwhile(self):
         """As after visits: what a leader says is none, nor is a takeover."""
@@ -4520,16 +4549,30 @@ class RelayHeirTest(RelayCase):
 
     def test_follower_that_is_greeted_at_once_finds_somebody(self):
         """Or it would drop what it has yet to send."""
-        leader, other = self.make_pair()
-        heir = self.make_newcomer(leader.settings)
-        client = self.connect(leader)
-        wait_until(lambda: self.step(leader, heir) or heir.follows)
-        self.step(leader, other)
-        self.leave(leader, heir)
-        self.step(other, other)     # it waits for a hello
-        self.emit(other, range(3))
-        heir.on_flush(before=lambda: self.step(other))
-        self.assertAccount(heir, 3, client)
+        for most in 16, 1:      # followers are asked
+            self.patch('_ASKED_MAX', most)
+            leader, other = self.make_pair()
+            heir = self.make_newcomer(leader.settings)
+            client = self.connect(leader)
+            wait_until(lambda: self.step(leader, heir) or heir.follows)
+            self.step(leader, other)
+            held = [each.sock.dup()     # as by a child
+                    for each in leader.sources()]
+            followed = []
+            self.leave(leader, heir, other,
+                       each_time=lambda: followed.append(other.follows))
+            self.assertEqual([most == 1, True], followed[:2])
+            self.step(other, other)     # it waits for a hello
+            self.assertFalse(other.follows)
+            self.emit(other, range(3))
+            self.step(other)
+            end = heir.on_work(lambda: self.step(other))
+            self.assertAccount(heir, 3, client)
+            end()
+            for each in other, heir:
+                each.finish()
+            for each in held:
+                each.close()
 
     def test_what_other_threads_emit_meanwhile_is_told_of(self):
         leader, heir = self.make_pair(sock_buffer_size=2 ** 16)
@@ -4570,9 +4613,11 @@ class RelayHeirTest(RelayCase):
             if left[0] >= 0:
                 SteppedHub.turn(heir)
             elif left[0] == -1:
-                # The third one has to go on, too, and waits for a hello.
+                # The third one has to go on, too, and waits for a hello. It
+                # comes back as the relay goes, which the heir holds open.
                 other.uplink_ends()
                 other.turn()
+                leader.on_close_listener(lambda: other.look_again(2))
                 fail(leader, heir)
 
         leader.on_turn(before=client.read)
@@ -4650,9 +4695,15 @@ class RelayHeirTest(RelayCase):
         client = self.connect(leader)
         heir = self.make_newcomer(leader.settings)
         heir.turn()     # it has connected, and was not accepted
+        mute = socket.socket(socket.AF_UNIX)
+        self.addCleanup(mute.close)
+        mute.connect(self.path + '.relay')      # and says nothing
+        leader.vacate()     # or the pid in it would be the same
         self.leave(leader, heir)
         heir.turn()
         self.assertServed(heir, client)
+        self.assertEqual(os.getpid(), heir.lock.read()['pid'])
+        self.assertNotIn(b'heir', b''.join(iter(lambda: mute.recv(99), b'')))
 
     def test_what_comes_too_late_may_come_while_it_is_counted(self):
         """From threads that had found the gate open."""
@@ -4740,7 +4791,13 @@ class RelayHeirTest(RelayCase):
         for turns in range(5):
             with mock.patch.object(self, 'leave', leave):
                 _, other, client = self.fail_at(turns, kill)
-            self.assertGoesOn(client, other, heirs.pop())
+            # Another leads, for the heir cannot.
+            heir, newcomer = heirs.pop(), self.make_newcomer(other.settings)
+            with mock.patch('os.open', autospec=True,
+                            side_effect=OSError(errno.EMFILE, 'full')):
+                heir.look_again(3)
+            newcomer.turn()
+            self.assertGoesOn(client, heir, other, newcomer)
 
     def test_who_may_not_or_cannot_is_no_heir(self):
         for change in (
@@ -4751,6 +4808,10 @@ class RelayHeirTest(RelayCase):
                 lambda leader, heir: leader.sources()[0].sock.shutdown(
                     socket.SHUT_WR),
                 lambda leader, heir: os.unlink(self.path),
+                # Once it has been asked.
+                lambda leader, heir: heir.on_turn(after=lambda: touch(
+                    self.path + '.new') or os.rename(
+                        self.path + '.new', self.path + '.lock')),
                 lambda leader, heir: self.useFixture(
                     fixtures.MockPatchObject(
                         unix_notifier._libc, 'memfd_create',
@@ -4758,12 +4819,14 @@ class RelayHeirTest(RelayCase):
             leader, heir = self.make_pair()
             client = self.connect(leader)
             self.step(heir)
-            change(leader, heir)
             self.emit(leader, range(3))
+            self.emit(heir, range(3, 103), size=1000)   # for several reads
+            self.step(heir)
+            change(leader, heir)
             began = time.monotonic()
             self.leave(leader, heir)
             self.assertLess(time.monotonic() - began, 1)
-            self.assertEqual(3, account(client.read()))
+            self.assertEqual(103, account(client.read()))
             self.assertTrue(client.ended)
             heir.die()
         self.assertLogged('handed on', 0)
@@ -4797,6 +4860,19 @@ class RelayHeirTest(RelayCase):
         self.assertTrue(client.ended)
         self.assertLogged('handed on', 2)
 
+    def test_heir_that_leaves_hands_on_what_it_has_yet_to_take(self):
+        leader, other = self.make_pair()
+        heir = self.make_newcomer(leader.settings)
+        client = self.connect(leader)
+        wait_until(lambda: self.step(leader, heir) or heir.follows)
+        self.step(leader, other)
+        self.emit(leader, range(3))
+        self.leave(leader, heir)
+        self.emit(heir, range(3, 5))
+        self.step(other, other)     # it waits for a hello
+        self.leave(heir, other)
+        self.assertAccount(other, 5, client)
+
     def test_nonsense_from_a_leader_is_no_estate(self):
         for data in (b'lost x', b'2', b'0', b'lost 1' * 9):
             leader, heir = self.make_pair()
@@ -4810,6 +4886,23 @@ class RelayHeirTest(RelayCase):
             self.assertIs(heir, self.settle(heir))
             self.assertServed(heir, self.connect(heir))
             heir.finish()
+
+    def test_last_word_before_all_has_come_is_none(self):
+        tell = unix_notifier._Bequest._tell
+        for count in range(3):      # of lock and relay; what is owed; streams
+            leader, heir = self.make_pair()
+            client = self.connect(leader)
+            self.step(heir)
+            told = iter(range(count))
+            with mock.patch.object(
+                    unix_notifier._Bequest, '_tell',
+                    lambda *args: next(told, None) is None or tell(*args)):
+                self.leave(leader, heir)
+            self.assertIs(heir, self.settle(heir))
+            self.assertServed(heir, self.connect(heir))
+            self.assertEqual(([], True), (client.read(), client.ended))
+            heir.finish()
+        self.assertLogged('handed on', 3)   # as the leader believes
 
 
 class RelayPathTest(RelayCase):

@@ -4315,8 +4315,8 @@ class RelayHeirTest(RelayCase):
     """Relay: a leader that leaves hands on what it has."""
 
     # Seconds: a busy machine is not what is tried.
-    answer_time = WAIT
-    exit_time = 2 * WAIT
+    answer_time = hand_on_time = WAIT
+    exit_time = 2 * WAIT    # a fifth of it is left for what is not handed on
 
     def leave(self, leader, *others, each_time=lambda: None):
         """Have it leave; the others take a turn whenever it waits for one.
@@ -4337,7 +4337,7 @@ class RelayHeirTest(RelayCase):
         with fixtures.MonkeyPatch('time.sleep', nap), mock.patch.multiple(
                 unix_notifier, _ANSWER_TIME=self.answer_time,
                 _EXIT_TIME=self.exit_time):
-            leader.finish(self.exit_time)
+            leader.finish(self.hand_on_time + self.exit_time / 5)
         return len(naps)
 
     def clog(self, leader):
@@ -4596,7 +4596,7 @@ class RelayHeirTest(RelayCase):
 
         :returns: whether it was that far; the third one, and a client
         """
-        self.answer_time, self.exit_time = 0.1, 0.3
+        self.answer_time, self.hand_on_time = 0.2, 0.4
         self.dir = self.useFixture(fixtures.TempDir()).path
         self.path = os.path.join(self.dir, 's')
         leader, other = self.make_pair()

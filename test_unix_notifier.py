@@ -5090,13 +5090,14 @@ class RelayPathTest(RelayCase):
         leader, follower = self.make_pair()
         before = self.connect()
         self.step(leader)
-        self.emit(follower, range(1), size=2 ** 20)
+        self.emit(follower, range(1), size=2 ** 19)
+        follower.drop()     # of which it has a record, in a leader's words
         self.step(follower, leader)
         self.assertLess(0, follower.half_sent)
         end(leader)
         after = self.connect()
         self.assertIs(follower, self.settle(follower))
-        self.pump(follower, after, 1)
+        self.pump(follower, after, 2)
         self.assertEqual([], before.read())
         self.assertTrue(before.ended or end == self.leave)
 

@@ -2426,6 +2426,16 @@ class HandOverTest(HubCase):
         self.assertEqual([], client.read())
         self.assertTrue(client.ended)
 
+    def test_close_in_a_signal_handler_amid_it(self):
+        hub, client = self.start_hub()
+        wait_until(lambda: hub.ready)
+        hub.on_hand_over(hub.close)
+        self.emit(hub, range(1))
+        self.assertFalse(hub.thread.is_alive())
+        self.assertFalse(os.path.exists(self.path))
+        self.assertEqual([], client.read())
+        self.assertTrue(client.ended)
+
     def test_exit_waits_for_who_is_amid_it(self):
         """Or that would send by a number that is another file's by then."""
         self.patch('_EXIT_STALL', 0)
@@ -3291,14 +3301,6 @@ class WakeTest(HubCase):
             self.assertRaises(KeyboardInterrupt, hub.start)
         hub.start()
         self.await_service()
-
-    def test_close_that_does_not_wait_leaves_one_turn(self):
-        """A loop that had it for long gives it back to nobody."""
-        hub, _ = self.start_hub()
-        with held_elsewhere(hub.taken()):
-            hub.close()
-        self.assertFalse(os.path.exists(self.path))
-        self.assertEqual(1, hub.tokens)
 
     def test_close_before_the_loop_has_started(self):
         hub = SteppedHub(self.make_settings(), stepped=False)
@@ -4698,7 +4700,7 @@ class RelayHeirTest(RelayCase):
         mute = socket.socket(socket.AF_UNIX)
         self.addCleanup(mute.close)
         mute.connect(self.path + '.relay')      # and says nothing
-        leader.vacate()     # or the pid in it would be the same
+        leader.lock.write(vacated=True)     # or the pid would be the same
         self.leave(leader, heir)
         heir.turn()
         self.assertServed(heir, client)

@@ -134,7 +134,8 @@ class Service(publisher.Service):
         """What a listener was given so far."""
         endpoint = self.endpoints[number]
         return {'received': len(endpoint.seen),
-                'deliveries': endpoint.seen.total(),
+                # Of a copy, for others go on to count.
+                'deliveries': sum(list(endpoint.seen.values())),
                 'lost': endpoint.lost,
                 'interrupted': endpoint.interrupted,
                 'largest': max(endpoint.batches, default=0)}

@@ -45,7 +45,7 @@ everything else. Who may touch what:
 =================  ========================================================
 any thread         ``UnixDriver``; ``_Hub``: start(), and close() at exit;
                    ``_Inbox``: the queue, the gate, what was dropped;
-                   ``_HandOver``: the one send in notify(), with the turn
+                   ``_HandOver``: the sends in notify(), with the turn
 who has the turn   ``_Loop``, and all that it holds: ``_Log``, ``_Visits``,
                    ``_Files``, ``_Path`` with its ``_Lock``, ``_Fanout``
                    with the ``_Backlog``, and the role: ``_Seeker``,
@@ -58,12 +58,14 @@ any reader         ``_Subscription``, ``_Listener``: a lock, or one thread
 =================  ========================================================
 
 The turn is held by the loop from its waking to its sleeping, by the exit
-handler once the loop has ended, and by ``notify()``, if nobody has it, for a
-single send, or for all where a loop would starve. Outside it the loop's thread
-sleeps, and looks at the path. The inbox is where they meet: what both sides
-write there they write in one step. Without a GIL that is so by CPython's locks
-of deques, dicts and objects, of which its documentation promises the most: as
-of 3.14, which encodes no payload that another thread changes meanwhile.
+handler once the loop has ended, and by ``notify()``, if nobody has it, for one
+line, or for all where a loop would starve. Outside it the loop's thread
+sleeps, looks at the path, and tells what is wrong; settings, pid, ``closing``
+and the time of the next try are for any to read. The inbox is where they meet:
+what both sides write there they write in one step. Without a GIL that is so by
+CPython's locks of deques, dicts and objects, of which its documentation
+promises the most: as of 3.14, which encodes no payload that another thread
+changes meanwhile.
 """
 
 import _thread
@@ -966,11 +968,11 @@ class _Chunk:
 class _Backlog:
     """What subscribers have yet to send: a linked list of chunks.
 
-    Pure, and the loop's alone. A subscriber holds the chunk that it is at,
-    and thereby all that follow: what everybody has sent, or comes while
-    there is nobody, is freed by itself. What keeps it within its bound is
-    that a subscriber that is further behind than ``limit`` moves on (see
-    ``_Subscriber.trim``).
+    Pure, and theirs who have the turn; notify(), with it, only counts in the
+    tail. A subscriber holds the chunk that it is at, and thereby all that
+    follow: what everybody has sent, or comes while there is nobody, is freed
+    by itself. What keeps it within its bound is that a subscriber that is
+    further behind than ``limit`` moves on (see ``_Subscriber.trim``).
     """
 
     def __init__(self, limit):
@@ -1021,7 +1023,7 @@ class _Subscriber:
         self.offset = start.offset if start else 0  # bytes that were sent
         # The account, in notifications: see received().
         self.joined = self.chunk.before(self.offset)
-        self.lost = 0           # reported as lost
+        self.lost = 0           # by the records that were sent whole
         self.lagging = None     # ``lost`` when it began to lag
 
     def wanted(self):
@@ -1332,7 +1334,7 @@ class _Inbox:
         self.waker = None
         self.checked = time.monotonic()     # when the path was looked after
         # These, look, room, ahead and rest: written by whoever has the turn.
-        self._gap_seen = None   # nothing is queued till then
+        self._gap_seen = None   # nothing is queued while it is not the gap
         self._drops_read = 0    # what next(drops) gives if none was since
         self.lost = 0           # drops that a record is due for
 
@@ -1474,7 +1476,7 @@ class _Turn:
         """Take it from whoever has it, who is not here any more."""
         self.free = collections.deque([True])   # empty while someone has it
         self.holder = None  # the thread that has it, or was the last to
-        self.aim = None     # what notify() may do with it, once it is free
+        self.aim = None     # of notify(), once it is free; by descriptors
 
     def take(self):
         """Wait for it; returns where to give it back, by append(True).
@@ -1526,7 +1528,8 @@ class _HandOver:
         self._turn = turn
         self._inbox = inbox
         self._backlog = backlog
-        self.busy_until = 0     # time.monotonic(): so far the next is put off
+        # time.monotonic(): so far the next is put off. Read without the turn.
+        self.busy_until = 0
 
     def aim_at(self, role):
         """At the end of a turn: see above."""
@@ -2165,7 +2168,7 @@ class _Leader:
         Not while anything is queued: who comes next would get that, and not
         what was dropped after it.
         """
-        self._start = None
+        self._start = None      # it keeps all that follows its cursor
         self._others.give_time(self.streams, self._loop.fanout)
         self._open(bool(self.streams) or self._loop.inbox.waiting())
         self._door.settle()
@@ -2212,7 +2215,6 @@ class _Leader:
         """Close what is another process's by now, without ending anything."""
         self._places.let_go()
         self._others.close()
-        self._door.close()
         self._path.give_up(keep=True)
 
     def cut_off(self):
@@ -2428,9 +2430,8 @@ class _Fanout:
 
     def part(self, stream, reason):
         """Note that it has ended: the next turn will see it off."""
-        if not stream.ended:
-            stream.ended = reason
-            self.ended.append(stream)
+        stream.ended = reason
+        self.ended.append(stream)
 
 
 class _Loop:
@@ -2589,7 +2590,7 @@ class _Loop:
         """The role cannot do what it should, and will try again."""
         passing = error.errno in _LED and not self.retry.for_long()
         self.retry.fail()
-        if not passing:
+        if not passing:     # or what is emitted meanwhile is owed to another
             self.role.shut(error)
             self.log.fault(error)
 
@@ -2761,9 +2762,9 @@ class _Hub:
         """
         loop = self.loop
         loop.pid = None     # a green thread survives a fork, and looks
-        loop.turn.renew()   # whoever has it may not be here
+        loop.turn.renew()   # whoever has it may not be here; nor the aim
         loop.files.abandon(certain, self.inbox.waker)
-        if not certain:     # what is open must not be closed by its object
+        if not certain:     # for ever: what is open no object must close
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
 
     def _run(self):
@@ -3177,7 +3178,7 @@ class _Source:
         self.sock = sock
         self.who = who
         self.uid = uid
-        self.greeted = False
+        self.greeted = False    # its hello has come
         self._buffer = _LineBuffer()
 
     def read(self):
@@ -3546,7 +3547,6 @@ class _Estate:
 
     def _move_to(self, path):
         """Have the path's lock and relay from here: as _Path.take()."""
-        path.lock.close()
         path.lock, self._lock = self._lock, path.lock
         path.put(_Bound(path.name('.relay'), self._relay, self._identity),
                  '.relay')
@@ -3586,6 +3586,7 @@ class _Sight:
         self.look_at(_yes)
 
     def look_at(self, look):
+        # The gate may be open instead: see settle().
         self.look = self._loop.inbox.look = look
 
     def widen(self, identity, sock, presence, uplink):
@@ -3660,7 +3661,7 @@ class _Follower:
                     raise
                 self._follow(error)
             else:
-                # Us: a cycle, which keeps all that is emitted from here on.
+                # This role: a cycle, which keeps all that is emitted from now.
                 del uplink.listen
                 return leader
         if not uplink.greeted:
@@ -3794,7 +3795,7 @@ class _Follower:
         # For about a second in any case: a leader whose directory is away for
         # a moment keeps its subscribers.
         if (code == errno.EAGAIN
-                or loop.retry.delay and not loop.retry.for_long()
+                or not loop.retry.for_long()
                 or self._sight.intact()):
             self._sight.look_at(_yes)
             return
@@ -4191,7 +4192,7 @@ class _Subscription(contextlib.AbstractContextManager, abc.Iterator):
 
     def __init__(self, path, reconnect=True, max_line=_READ_MAX):
         self.path = _parse_path(path, _CONNECT_MAX)
-        self.line = b''         # what the last message was read from
+        self.line = b''         # of the last message; for who calls take()
         self._reconnect = reconnect
         self._max_line = max_line
         self.closed = False     # for good: no more will come

@@ -190,7 +190,7 @@ class UplinkMachine(Machine):
     @stateful.rule()
     def follow(self):
         self.uplink.sock = Socket()
-        self.uplink.greet()
+        self.uplink.greeted, self.uplink.blocked = True, False
 
     @stateful.precondition(lambda self: self.uplink.sock is not None)
     @stateful.rule()
@@ -350,9 +350,9 @@ class ReaderTest(base.BaseTestCase):
                 self.assertTrue(is_strict(unix_notifier._strict(message)))
                 if b'1e999' not in data:
                     json.dumps(message, allow_nan=False)
-                for line in (unix_notifier._strict(message)[:-1].decode(),
-                             unix_notifier._text(message)):
-                    self.assertTrue(line.isprintable(), line)
+                for line in (unix_notifier._strict(message),
+                             unix_notifier._text_line(message)):
+                    self.assertTrue(line[:-1].decode().isprintable(), line)
 
         check()
         self.assertNotIn('Traceback', self.log.output)

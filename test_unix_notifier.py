@@ -361,6 +361,7 @@ class SteppedHub(unix_notifier._Hub):
     backlog = inside('loop.fanout.backlog')
     checked_at = inside('loop.inbox.checked')
     count_drop = inside('loop.inbox.drops.__next__')
+    count_left = inside('loop.inbox.left')
     credit = inside('loop.hand_over.busy_until')
     drop = inside('loop.inbox.drop')
     emit = inside('loop.inbox.emit')
@@ -4785,7 +4786,7 @@ class RelayHeirTest(RelayCase):
 
         def leave(leader, heir):
             # Then it is killed before the last word.
-            leader.loop.inbox.left = lambda: kill(leader, heir)
+            leader.count_left = lambda: kill(leader, heir)
             self.assertRaises(Killed, RelayHeirTest.leave, self, leader, heir)
 
         heirs = []

@@ -1542,30 +1542,21 @@ class _HandOver:
 
     def send(self, line):
         """Whether it was, or has begun to be."""
-        turn, free, now = self._turn, self._turn.free, time.monotonic()
-        size, us = len(line), _thread.get_ident()
-        if turn.aim is None or not free or (
+        turn, inbox, now = self._turn, self._inbox, time.monotonic()
+        aim, free, sent = turn.aim, turn.free, []
+        if aim is None or not free or (
                 self.busy_until - now > _HAND_OVERS * _HAND_OVER_TIME):
             return False
+        whole, us = [len(line)] * len(aim.fds), _thread.get_ident()
         try:
             # A signal's handler may raise after any call, which this is not.
             del free[0]
             turn.holder = us
         except IndexError:      # another thread was faster
             return False
-        inbox, sent, whole = self._inbox, [], None
         try:
             try:
-                aim = turn.aim
-                if (aim is None or inbox.waiting()
-                        or bool(aim.look()) is not aim.expected):
-                    return False
-                self.busy_until = max(self.busy_until, now) + _HAND_OVER_TIME
-                whole = [size] * len(aim.fds)
-                # What map() calls has left its result in the list by then.
-                sent.extend(map(_libc.send, aim.fds, itertools.repeat(line),
-                                map(ctypes.c_size_t, whole),
-                                itertools.repeat(_AT_ONCE)))
+                self._send(aim, line, sent, now)
             finally:    # without a call, or a frame, until all is noted
                 if sent == whole:
                     self._backlog.tail.first += 1   # as if it had been there
@@ -1578,7 +1569,19 @@ class _HandOver:
                 inbox.wake()
             if not sent or not isinstance(error, Exception):
                 raise
-        return sent != aim.none
+        return bool(sent) and sent != aim.none
+
+    def _send(self, aim, line, sent, now):
+        """Send it, unless something goes first; what each took is in sent."""
+        if (self._turn.aim is not aim       # there was a turn since
+                or self._inbox.waiting()
+                or bool(aim.look()) is not aim.expected):
+            return
+        self.busy_until = max(self.busy_until, now) + _HAND_OVER_TIME
+        # What map() calls has left its result in the list, whatever follows.
+        sent.extend(map(_libc.send, aim.fds, itertools.repeat(line),
+                        itertools.repeat(ctypes.c_size_t(len(line))),
+                        itertools.repeat(_AT_ONCE)))
 
 
 # -- the desk: what lasts, what is told, what is open -------------------------

@@ -2485,7 +2485,8 @@ class HandOverTest(HubCase):
         self.addCleanup(unix_notifier._hubs.clear)
         self.addCleanup(driver._hub.close)
         self.await_service()
-        client, struck, taken = self.connect(), itertools.count(), set()
+        client, struck = self.connect(), itertools.count()
+        taken, perhaps = set(), set()
 
         def strike(*_):
             next(struck)
@@ -2501,7 +2502,9 @@ class HandOverTest(HubCase):
                 taken.add(number)
                 signal.setitimer(signal.ITIMER_REAL, 0)
             except ZeroDivisionError:
-                pass    # before notify() began, or once it had returned
+                # Before notify() began, or once it had returned; and then it
+                # may have dropped it behind the gap of another.
+                perhaps.add(number)
         wait_until(lambda: driver._hub.asleep)  # it has looked at the gap
         driver.notify({}, numbered(number + 1), 'INFO', None)
         numbers = []
@@ -2510,8 +2513,10 @@ class HandOverTest(HubCase):
             numbers = [each['payload']['n'] for each in client.messages
                        if 'n' in each['payload']]
         self.assertEqual(sorted(set(numbers)), numbers)
-        self.assertEqual(len(taken.difference(numbers)),
-                         sum(lost(client.messages)))
+        missing = [len(each.difference(numbers))
+                   for each in (taken, taken | perhaps)]
+        self.assertTrue(missing[0] <= sum(lost(client.messages))
+                        <= missing[1], missing)
         self.assertLess(100, next(struck))
 
 

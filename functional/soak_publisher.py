@@ -244,8 +244,10 @@ class Service(publisher.Service):
                     default=looks[0], key=lambda each: each[0])[1]
         last = min((each for each in looks if each[0] >= end),
                    default=looks[-1], key=lambda each: each[0])[1]
-        late = sum(max(0, min(end, next_[0]) - max(begin, look[0]) - TICK)
-                   for look, next_ in itertools.pairwise(looks))
+        # The first look of a process may be late, too.
+        late = max(0, min(end, looks[0][0]) - begin) + sum(
+            max(0, min(end, next_[0]) - max(begin, look[0]) - TICK)
+            for look, next_ in itertools.pairwise(looks))
         return late + sum(busy - first.get(each, 0)
                           for each, busy in last.items() if each != thread)
 

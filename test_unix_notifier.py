@@ -2202,15 +2202,16 @@ class QueueTest(HubCase):
         self.assertEqual(8, hub.room)
         who = 'pid %d, uid %d' % (os.getpid(), os.geteuid())
         self.assertLogged(
-            'WARNING MainThread Notifications on %s: subscriber lags by more '
-            'than 65536 bytes and loses notifications: %s' % (self.path, who))
+            'WARNING MainThread Notifications on %s: subscriber lagging by '
+            'more than 65536 bytes, losing notifications: %s' % (
+                self.path, who))
         self.assertLogged('caught up', 0)
         self.emit(hub, [2000])
         for each in slow, fast:
             self.pump(hub, each, 2001)
         gaps = sum(lost(slow.messages))
         self.assertGreater(gaps, 1500)
-        self.assertLogged('lags by')
+        self.assertLogged('lagging by')
         self.assertLogged('caught up', 0)   # not within a second
         hub.tell_lags_at = 0
         hub.turn()
@@ -2223,7 +2224,7 @@ class QueueTest(HubCase):
         self.pump(hub, slow, 2500)
         hub.tell_lags_at = 0
         hub.turn()
-        self.assertLogged('lags by', 2)
+        self.assertLogged('lagging by', 2)
         self.assertLogged('it lost %d notif' % (
             sum(lost(slow.messages)) - gaps))
 
@@ -2436,6 +2437,31 @@ class HandOverTest(HubCase):
         self.assertFalse(os.path.exists(self.path))
         self.assertEqual([], client.read())
         self.assertTrue(client.ended)
+
+    def test_exit_in_a_signal_handler_right_after_the_sends(self):
+        """One stream took nothing, one a part, and one all of the line."""
+        hub, client = self.make_ready()
+        clients = [client, *(self.connect(hub) for _ in range(2))]
+        sizes, real = [-1, 9, len(line(0))], unix_notifier._libc.send
+
+        def send(fd, data, *more):
+            if not sizes:
+                return real(fd, data, *more)
+            size = sizes.pop(0)
+            return os.write(fd, data[:size]) if size > 0 else size
+
+        def handle(frame, event, function):
+            """Where a signal that came amid a call in C is handled."""
+            if event == 'c_return' and function.__name__ == 'extend':
+                sys.setprofile(None)
+                hub.finish()
+
+        with mock.patch.object(unix_notifier._libc, 'send', send):
+            sys.setprofile(handle)
+            self.emit(hub, range(1))
+        self.assertEqual([[], None], [sizes, hub.rest])
+        self.assertEqual([(1, True)] * 3, [
+            (account(each.read()), each.ended) for each in clients])
 
     def test_exit_waits_for_who_is_amid_it(self):
         """Or that would send by a number that is another file's by then."""

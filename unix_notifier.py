@@ -212,8 +212,8 @@ _DAY = 24 * 60 * 60
 
 # notify() itself sends so many lines in a row, and after that one in so many
 # seconds; what is beyond goes in batches, which cost less. To so many streams.
-_HAND_OVERS = 32
 _HAND_OVER_TIME = 0.5e-3
+_HAND_OVER_AHEAD = 32 * _HAND_OVER_TIME
 _HAND_OVER_MAX = 16
 
 # Seconds: a send that takes longer has waited for the GIL; the turn's others
@@ -1478,24 +1478,29 @@ class _Turn:
         self.holder = None  # the thread that has it, or was the last to
         self.aim = None     # of notify(), once it is free; by descriptors
 
-    def take(self):
+    def take(self, until=math.inf):
         """Wait for it; returns where to give it back, by append(True).
 
-        Not to another, if it was renewed meanwhile.
+        Not to another, if it was renewed meanwhile. A TimeoutError: until
+        time.monotonic() it was not to be had.
         """
+        us = _thread.get_ident()
         while True:
             free = self.free
             try:
                 del free[0]     # as in _HandOver.send()
+                self.holder = us
             except IndexError:
+                if time.monotonic() > until:
+                    raise TimeoutError('another thread has the turn')
                 time.sleep(_GIVE_WAY)   # for notify() to send
             else:
-                self.aim, self.holder = None, _thread.get_ident()
+                self.aim = None
                 return free
 
     @contextlib.contextmanager
-    def taken(self):
-        free = self.take()
+    def taken(self, until=math.inf):
+        free = self.take(until)
         try:
             yield
         finally:
@@ -1544,24 +1549,24 @@ class _HandOver:
         """Whether it was, or has begun to be."""
         turn, inbox, now = self._turn, self._inbox, time.monotonic()
         aim, free, sent = turn.aim, turn.free, []
-        if aim is None or not free or (
-                self.busy_until - now > _HAND_OVERS * _HAND_OVER_TIME):
+        if aim is None or self.busy_until - now > _HAND_OVER_AHEAD:
             return False
         whole, us = [len(line)] * len(aim.fds), _thread.get_ident()
         try:
-            # A signal's handler may raise after any call, which this is not.
-            del free[0]
+            del free[0]     # no call, after which a handler might raise
             turn.holder = us
-        except IndexError:      # another thread was faster
+        except IndexError:      # another thread has it
             return False
         try:
             try:
                 self._send(aim, line, sent, now)
             finally:    # without a call, or a frame, until all is noted
-                if sent == whole:
-                    self._backlog.tail.first += 1   # as if it had been there
-                elif sent and sent != aim.none:
-                    inbox.rest = line, sent
+                if inbox.rest and inbox.rest[1] is sent:    # still, or ours
+                    if sent == whole:
+                        self._backlog.tail.first += 1   # as if it were there
+                    if not sent or sent == whole or sent == aim.none:
+                        inbox.rest = None
+                turn.holder = None
                 free.append(True)
             inbox.wake_if_due(now)
         except BaseException as error:
@@ -1578,7 +1583,10 @@ class _HandOver:
                 or bool(aim.look()) is not aim.expected):
             return
         self.busy_until = max(self.busy_until, now) + _HAND_OVER_TIME
-        # What map() calls has left its result in the list, whatever follows.
+        # Known before: what map() calls has left its result in the list, and
+        # the next to run may be a signal's handler that runs exit handlers,
+        # which take it on.
+        self._inbox.rest = line, sent
         sent.extend(map(_libc.send, aim.fds, itertools.repeat(line),
                         itertools.repeat(ctypes.c_size_t(len(line))),
                         itertools.repeat(_AT_ONCE)))
@@ -1719,15 +1727,17 @@ class _Visits:
 
     def _forget(self):
         self.at = None          # when there is something to tell, if there is
+        self._lost = 0          # by them
         self._texts = []
         self._events = collections.Counter()
         self._peers = collections.Counter()
 
-    def note(self, event, who, more=''):
+    def note(self, event, who, more='', lost=0):
         if len(self._texts) < _VISITS_NAMED:
             self._texts.append('subscriber %s: %s%s' % (event, who, more))
         self._events[event] += 1
         self._peers[who] += 1
+        self._lost += lost
         self.at = self._next
 
     def crowd(self):
@@ -1735,8 +1745,10 @@ class _Visits:
 
     def tell(self):
         if self._events.total() > len(self._texts):
+            counts = self._events + collections.Counter(
+                {'notifications lost': self._lost})     # if there are any
             self._texts = ['subscribers %s; most often %s' % (
-                ', '.join('%s: %d' % each for each in self._events.items()),
+                ', '.join('%s: %d' % each for each in counts.items()),
                 '; '.join('%s: %d times' % each
                           for each in self._peers.most_common(3)))]
         if self._texts:
@@ -1959,6 +1971,7 @@ class _Door:
             except BlockingIOError:
                 break       # nobody waits any more
             except OSError as error:
+                self._visits.lately = True
                 if error.errno in _STARVED:
                     self._spare(error)
             else:
@@ -2231,7 +2244,6 @@ class _Leader:
     def close(self):
         """End all streams. Followers go on with the listener."""
         self._places.clear_all('the service stops')
-        self._loop.tell()
         self._path.free('', self._followed)
         self._others.close()
         self._path.lock.free()
@@ -2286,7 +2298,7 @@ class _Places:
         lost = subscriber.lost + sum(each.lost for each in subscriber.chunks())
         self._loop.visits.note(
             'parted', subscriber.who, ', %d lines, %d lost; %s' % (
-                subscriber.received(), lost, reason))
+                subscriber.received(), lost, reason), lost)
 
     def clear_all(self, reason):
         for subscriber in list(self.taken):
@@ -2403,15 +2415,16 @@ class _Fanout:
             self._late = True
         self.watch(stream)
         if stream.lagging is not None and not stream.pending():
-            self._lags.note('caught up', stream.who, '; it lost %d '
-                            'notifications' % (stream.lost - stream.lagging))
+            lost = stream.lost - stream.lagging
+            self._lags.note('caught up', stream.who,
+                            '; it lost %d notifications' % lost, lost)
             stream.lagging = None
 
     def _hold(self, stream):
         """Keep within the bound what the stream has yet to be sent."""
         if stream.trim(self.backlog) and stream.lagging is None:
             stream.lagging = stream.lost
-            self._lags.note('lags by more than %d bytes and loses '
+            self._lags.note('lagging by more than %d bytes, losing '
                             'notifications' % self.backlog.limit, stream.who)
 
     def watch(self, stream):
@@ -2724,7 +2737,7 @@ class _Hub:
         least, and until time.monotonic() is ``deadline``.
         """
         loop = self.loop
-        with loop.turn.taken():
+        with loop.turn.taken(deadline):
             loop.open()
             if loop.role.hand_on(deadline - _EXIT_TIME / 5):
                 loop.files.close()
@@ -2742,6 +2755,7 @@ class _Hub:
                 with contextlib.suppress(OSError):
                     loop.path.lock.write(vacated=True)
             loop.role.close()
+            loop.tell()
             loop.files.close()
 
     def _send_on(self, deadline):

@@ -60,7 +60,7 @@ class SlowSubscriberTest(base.FunctionalTestCase):
             emitted = self.emit_in_rounds(publisher, healthy, 12, 250)
             # The second within a second of the first.
             base.wait_until(
-                lambda: len(publisher.log('lags by more than')) == round_,
+                lambda: len(publisher.log('lagging by more')) == round_,
                 'the log tells that it lags')
             stopped.resume()
             self.assert_accounted(stopped, round_ * emitted)

@@ -264,6 +264,16 @@ def _start(thread):
 _AT_ONCE = int(socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
 
 
+def _send_noted(filenos, data, sent):
+    """Send to each at once; ``sent`` gets what send() returned.
+
+    What map() calls has left its result there, whatever is raised after it.
+    """
+    sent.extend(map(_libc.send, filenos, itertools.repeat(data),
+                    itertools.repeat(ctypes.c_size_t(len(data))),
+                    itertools.repeat(_AT_ONCE)))
+
+
 def _send_short(sock, data):
     """``sock.send()``, without giving up the GIL."""
     sent = _libc.send(sock.fileno(), data, ctypes.c_size_t(len(data)),
@@ -1160,7 +1170,7 @@ def _is_patched():
 
 @functools.cache
 def _can_guard():
-    """The same, once it was found out; an OSError: it was not."""
+    """See _guarded(); an OSError: it could not be found out."""
     with _no_fork(), socket.socket(socket.AF_UNIX) as sock:
         try:
             sock.setsockopt(socket.SOL_SOCKET, _PASSRIGHTS, 0)
@@ -1561,7 +1571,7 @@ class _HandOver:
             try:
                 self._send(aim, line, sent, now)
             finally:    # without a call, or a frame, until all is noted
-                if inbox.rest and inbox.rest[1] is sent:    # still, or ours
+                if inbox.rest and inbox.rest[1] is sent:    # ours, not taken
                     if sent == whole:
                         self._backlog.tail.first += 1   # as if it were there
                     if not sent or sent == whole or sent == aim.none:
@@ -1583,13 +1593,10 @@ class _HandOver:
                 or bool(aim.look()) is not aim.expected):
             return
         self.busy_until = max(self.busy_until, now) + _HAND_OVER_TIME
-        # Known before: what map() calls has left its result in the list, and
-        # the next to run may be a signal's handler that runs exit handlers,
-        # which take it on.
+        # Known before, for the next to run after it may be a signal's handler
+        # that runs exit handlers, which take it on.
         self._inbox.rest = line, sent
-        sent.extend(map(_libc.send, aim.fds, itertools.repeat(line),
-                        itertools.repeat(ctypes.c_size_t(len(line))),
-                        itertools.repeat(_AT_ONCE)))
+        _send_noted(aim.fds, line, sent)
 
 
 # -- the desk: what lasts, what is told, what is open -------------------------
@@ -3421,10 +3428,8 @@ class _Bequest:
         fanout.take(due, self._relay.take())
         self._pass(list(self._leader.streams), loop.path, fanout.backlog)
         inbox.look = _no
-        last = b'lost %d' % inbox.left()
-        # As in _HandOver.send(): whatever is raised after it, it is known.
-        self._sent.extend(map(_libc.send, (self._heir.fileno(),), (last,),
-                              (ctypes.c_size_t(len(last)),), (_AT_ONCE,)))
+        _send_noted([self._heir.fileno()], b'lost %d' % inbox.left(),
+                    self._sent)
 
     def passed(self):
         """Whether the last word was said: then all is the heir's."""
@@ -3474,9 +3479,13 @@ class _Estate:
         loop.files.watch(channel, self._on_message)
         self._answer()
 
+    def _is_open(self):
+        """Whether more of it is to come, till it is ours, or will not be."""
+        return not self.over and self._lost is None
+
     def is_coming(self):
-        """Whether it is not ours yet, and the leader has time left."""
-        return self._lost is None and time.monotonic() <= self._until
+        """Whether more is, and the leader has time left."""
+        return self._is_open() and time.monotonic() <= self._until
 
     def _answer(self):
         with contextlib.suppress(OSError):  # the end of it is read next
@@ -3485,13 +3494,13 @@ class _Estate:
     def _on_message(self, _mask=0):
         """Take in what has come, until it is ours, or will not be."""
         try:
-            if not self.over and self._lost is None:
+            if self._is_open():
                 self._take_message()
         except BlockingIOError:     # see _Event.clear()
             return
         except (OSError, ValueError, TypeError):
             self._close()
-        if self.over or self._lost is not None:
+        if not self._is_open():
             self._loop.retry.at = time.monotonic()  # look_after(), at once
 
     def finish(self):
@@ -3501,7 +3510,7 @@ class _Estate:
         """
         if not self.over:
             self._channel.shutdown(socket.SHUT_RD)
-        while not self.over and self._lost is None:
+        while self._is_open():
             self._on_message()
         return not self.over
 

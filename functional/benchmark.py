@@ -522,27 +522,35 @@ def hand_on(bench):
     times, stays, ended = [], [], threading.Event()
     sock = bench.enter_context(socket.socket(socket.AF_UNIX))
     base.wait_until(lambda: not sock.connect_ex(path), 'it is served')
-
-    def read():
-        while sock.recv(peers.MIB):
-            times.append(time.monotonic())
-        ended.set()
-
-    threading.Thread(target=read, daemon=True).start()
+    threading.Thread(target=hear, args=(sock, times, ended),
+                     daemon=True).start()
     for number in range(bench.rounds * HAND_ONS):
         progress('hand-on %d' % number)
-        leader = base.wait_until(
-            lambda: crew.pop(base.leader_pid(path), None), 'one leads')
-        begin = time.monotonic()
-        leader.tell('leave')
-        nursery.ask('reap', pid=leader.pid)
-        stays.append((begin, time.monotonic()))
+        stays.append(leave(path, crew, nursery))
         crew.update([newcomer(directory, nursery)])
     pauses = [1e3 * max(after - before for before, after in zip(
         times, times[1:]) if begin < after < end) for begin, end in stays]
     yield Row('unix: streams ended', [ended.is_set()], '', 0)
     for rank, limit in (50, None), (99, 20):
         yield Row('unix: p%d' % rank, [percentile(pauses, rank)], 'ms', limit)
+
+
+def hear(sock, times, ended):
+    """Note when something comes, until the stream ends, or we close it."""
+    with contextlib.suppress(OSError):
+        while sock.recv(peers.MIB):
+            times.append(time.monotonic())
+    ended.set()
+
+
+def leave(path, crew, nursery):
+    """Have the leader leave; since when, and until when it took to end."""
+    leader = base.wait_until(
+        lambda: crew.pop(base.leader_pid(path), None), 'one leads')
+    begin = time.monotonic()
+    leader.tell('leave')
+    nursery.ask('reap', pid=leader.pid)
+    return begin, time.monotonic()
 
 
 def newcomer(directory, nursery):

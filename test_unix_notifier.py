@@ -66,6 +66,7 @@ from oslo_messaging.notify import _impl_log
 from oslo_serialization import jsonutils
 from oslotest import base
 from stevedore import extension
+from testtools import content
 import yaml
 
 import unix_notifier
@@ -3541,6 +3542,14 @@ class EndTest(HubCase):
                                           ctypes.PyDLL(None).fork))
 
 
+def in_turn(test, cases):
+    """The cases; if the test fails amid one, the failure names it."""
+    for each in cases:
+        test.addDetail('case', content.text_content(repr(each)[:500]))
+        yield each
+    test.getDetails().pop('case', None)
+
+
 # -- the driver -------------------------------------------------------------
 
 class DriverTest(TestCase):
@@ -3574,29 +3583,13 @@ class DriverTest(TestCase):
         self.assertEqual(before, (threading.active_count(), open_files()))
         self.assertEqual(([], ''), (self.hubs(), self.log.output))
 
-    def test_construct_with_conf_serves(self):
-        driver = self.serve()
-        client = self.connect()
-        self.notify(driver)
-        self.assertEqual(1, account(client.wait(1)))
-
     def test_first_notify_without_conf_takes_the_global_one(self):
-        driver = unix_notifier.UnixDriver()
-        self.configure_globally(self.path)
-        self.notify(driver)
-        self.await_service()
-        client = self.connect()
-        self.notify(driver)
-        # The first was dropped, or was on its way.
-        wait_until(lambda: client.read())
-
-    def test_notify_logs_nothing_itself(self):
-        # A handler may be what notifies, and would be called again.
-        driver, depth = unix_notifier.UnixDriver(), []
+        """And logs nothing itself: a handler may be what notifies."""
+        driver, threads = unix_notifier.UnixDriver(), []
 
         class Handler(logging.Handler):
             def emit(handler, record):
-                depth.append(record.threadName)
+                threads.append(record.threadName)
                 self.notify(driver)
 
         logging.getLogger().addHandler(handler := Handler())
@@ -3605,27 +3598,24 @@ class DriverTest(TestCase):
         for _ in range(3):
             self.notify(driver)
         self.await_service()
-        self.assertNotIn('MainThread', depth)
+        self.assertNotIn('MainThread', threads)
+        client = self.connect()
+        self.notify(driver)
+        # The first were dropped, or were on their way.
+        wait_until(lambda: client.read())
 
     def test_bad_global_conf_is_logged_once_by_a_thread(self):
-        driver = unix_notifier.UnixDriver()
         self.configure_globally('relative')
-        for _ in range(3):
+        driver = unix_notifier.UnixDriver()
+        with fixtures.MonkeyPatch('threading.Thread.start', none_left):
+            self.notify(driver)
+        self.assertEqual('', self.log.output)
+        for _ in range(3):      # now there are threads
             self.notify(driver)
         wait_until(lambda: self.log.output)
         self.assertLogged("'relative'")
         self.assertLogged('MainThread', 0)
         self.assertEqual([], self.hubs())
-
-    def test_bad_global_conf_is_logged_once_there_are_threads(self):
-        self.configure_globally('relative')
-        driver = unix_notifier.UnixDriver()
-        with fixtures.MonkeyPatch('threading.Thread.start', none_left):
-            self.notify(driver)
-        self.assertLogged("'relative'", 0)
-        self.notify(driver)
-        wait_until(lambda: self.log.output)
-        self.assertLogged("'relative'")
 
     def test_what_keeps_it_from_starting_is_told_once_and_heals(self):
         self.patch('_CHECK_INTERVAL', 0.01)
@@ -3636,12 +3626,12 @@ class DriverTest(TestCase):
         def fail(*args, **kwargs):
             raise OSError(errno.EPERM, 'told to fail')
 
-        for number, (name, failing, thread) in enumerate((
+        for number, (name, failing, thread) in enumerate(in_turn(self, (
                 ('socket.socket', fail, 'unix-notifier'),
                 ('os.eventfd', fail, 'unix-notifier'),
                 ('selectors.DefaultSelector', fail, 'unix-notifier'),
                 ('fcntl.flock', fail, 'unix-notifier'),
-                ('threading.Thread.start', none_left, 'MainThread'))):
+                ('threading.Thread.start', none_left, 'MainThread')))):
             self.path = os.path.join(self.dir, str(number))
             encode.reset_mock()
             with fixtures.MonkeyPatch(name, failing):
@@ -3724,41 +3714,37 @@ class DriverTest(TestCase):
         self.assertLogged('No notifications', 0)
 
     def test_drivers_of_a_path_share_one_hub(self):
-        drivers = [self.serve() for _ in range(5)]
+        """One that differs is told that the first counts."""
+        drivers = [self.serve(sock_max_subscribers=3) for _ in range(5)]
         hub, = self.hubs()
         self.assertEqual({hub}, {each._hub for each in drivers})
         self.assertEqual(1, [each.name for each in threading.enumerate()]
                          .count('unix-notifier'))
         self.assertLogged('configured twice', 0)
-        self.path += '2'
-        self.assertIsNot(hub, unix_notifier.UnixDriver(
-            self.make_conf())._hub)
-
-    def test_driver_that_differs_is_told_that_the_first_counts(self):
-        self.serve(sock_max_subscribers=3)
         self.serve(sock_max_subscribers=4)
-        hub, = self.hubs()
+        self.assertEqual([hub], self.hubs())
         self.assertEqual(3, hub.settings.max_subscribers)
         self.assertLogged('configured twice')
         self.assertNames(self.log.output, 'max_subscribers=3',
                          'max_subscribers=4', self.path)
+        self.path += '2'
+        self.assertIsNot(hub, unix_notifier.UnixDriver(
+            self.make_conf())._hub)
 
     def test_copies_share_the_hub(self):
-        driver = self.serve()
-        client = self.connect()
-        for number, each in enumerate((
+        driver, client = self.serve(), self.connect()
+        for number, each in enumerate(in_turn(self, (
                 copy.copy(driver), copy.deepcopy(driver),
                 pickle.loads(pickle.dumps(driver)),
                 pickle.loads(pickle.dumps(unix_notifier.UnixDriver(
-                    self.make_conf(), ['topic'], threading.Lock()))))):
+                    self.make_conf(), ['topic'], threading.Lock())))))):
             self.notify(each, {'n': number})
             self.assertEqual(number + 1, account(client.wait(number + 1)))
         self.assertEqual(1, len(self.hubs()))
         pickle.dumps(unix_notifier.UnixDriver())
 
     def test_what_cannot_be_serialized_is_counted(self):
-        driver = self.serve()
-        client = self.connect()
+        driver, client = self.serve(), self.connect()
         encode = unix_notifier._encode
 
         def no_memory(message, *args):
@@ -3811,8 +3797,7 @@ class DriverTest(TestCase):
         self.assertTrue(lost(client.messages))
 
     def test_secrets_are_masked_where_configured(self):
-        driver = self.serve(sock_mask_secrets=True)
-        client = self.connect()
+        driver, client = self.serve(sock_mask_secrets=True), self.connect()
         self.notify(driver, {'password': 'hunter2'})
         self.assertEqual({'password': '***'}, client.wait(1)[0]['payload'])
 
@@ -3845,7 +3830,7 @@ class DriverTest(TestCase):
                                     {'n': number})
         messages = client.wait(len(priorities))
         self.assertEqual(len(priorities), account(messages))
-        self.assertEqual([each.upper() for each in priorities],
+        self.assertEqual(list(map(str.upper, priorities)),
                          [each['priority'] for each in messages])
         for each in messages:
             self.assertEqual(KEYS, list(each))
@@ -3924,16 +3909,11 @@ class DriverTest(TestCase):
                 self.assertEqual('', in_child(child, fork))
 
     def test_exit_closes_every_hub_whatever_happens(self):
-        closed = []
-
-        def bad_close():
-            raise ZeroDivisionError
-
-        hubs = {name: mock.Mock(close=close) for name, close in (
-                ('a', bad_close), ('b', lambda: closed.append(1)))}
-        unix_notifier._hubs[os.getpid()] = hubs
+        bad, good = mock.Mock(), mock.Mock()
+        bad.close.side_effect = ZeroDivisionError
+        unix_notifier._hubs[os.getpid()] = {'a': bad, 'b': good}
         unix_notifier._at_exit()
-        self.assertEqual([1], closed)
+        good.close.assert_called_once_with()
         unix_notifier._hubs.clear()
 
 
@@ -4009,18 +3989,36 @@ class RelayCase(HubCase):
 
     def make_pair(self, **options):
         """The two; with nobody connected, and both know that."""
-        settings = self.make_settings(**options)
-        leader, follower = (self.make_newcomer(settings) for _ in range(2))
-        self.step(leader, follower)
-        wait_until(lambda: self.step(leader, follower) or follower.follows)
+        leader = self.make_newcomer(**options)
+        self.step(leader)
+        follower = self.make_follower(leader, **options)
         self.step(leader, follower)
         self.assertFalse(leader.gate_open or follower.gate_open)
         return leader, follower
 
-    def make_newcomer(self, settings):
-        hub = SteppedRelayHub(settings)
-        self.addCleanup(hub.finish)
+    def make_three(self, **options):
+        """The two, and a client that both know of."""
+        leader, follower = self.make_pair(**options)
+        client = self.connect(leader)
+        self.step(follower)
+        return leader, follower, client
+
+    def make_newcomer(self, stepped=True, **options):
+        hub = SteppedRelayHub(self.make_settings(**options), stepped)
+        self.addCleanup(hub.finish if stepped else hub.close)
         return hub
+
+    def make_follower(self, leader, *others, **options):
+        hub = self.make_newcomer(**options)
+        wait_until(lambda: self.step(hub, leader, *others) or hub.follows)
+        return hub
+
+    def call_relay(self):
+        """A process that has connected there, and has said nothing."""
+        sock = socket.socket(socket.AF_UNIX)
+        self.addCleanup(sock.close)
+        sock.connect(self.path + '.relay')
+        return sock
 
     def step(self, *hubs):
         for hub in hubs:
@@ -4036,6 +4034,11 @@ class RelayCase(HubCase):
         wait_until(settled)
         leader, = (hub for hub in hubs if hub.leads)
         return leader
+
+    def assertLeads(self, hub, *others):
+        """It comes to that, and serves who comes."""
+        self.assertIs(hub, self.settle(hub, *others))
+        self.assertServed(hub, self.connect(hub))
 
     def assertKeepsNothing(self, hub, lead):
         """Of what it emits, once it leads."""
@@ -4057,14 +4060,12 @@ class RelayStartTest(RelayCase):
 
     """Relay: who gets what from when on, as a follower sees it."""
 
-    def test_while_nobody_listens_nothing_is_even_serialized(self):
-        _, follower = self.make_pair()
-        self.patch('_encode', none_left)
-        self.emit(follower, range(3))
-        self.assertQueued(follower, 0)
-
     def test_who_waits_in_the_leaders_backlog_is_seen(self):
+        """While nobody does, nothing is even serialized."""
         leader, follower = self.make_pair()
+        with mock.patch.object(unix_notifier, '_encode', none_left):
+            self.emit(follower, range(3))
+        self.assertQueued(follower, 0)
         client = self.connect()
         self.emit(follower, range(3))
         self.step(follower, leader)
@@ -4100,12 +4101,17 @@ class RelayStartTest(RelayCase):
 
     def test_presence_is_down_once_the_last_has_gone(self):
         leader, follower = self.make_pair()
-        client = self.connect()
-        self.step(leader)
+        follower.hand_over(True)
+        client = self.connect(leader)
         self.assertTrue(follower.anyone_seen)
+        self.emit(follower, range(1))
         client.sock.close()
         self.step(leader)
+        with mock.patch.object(unix_notifier._libc, 'send', none_left):
+            self.emit(follower, range(1))
         self.assertFalse(follower.anyone_seen)
+        self.step(follower)
+        self.assertFalse(follower.gate_open)
 
     def test_hello_that_waits_is_a_reason_to_go_on(self):
         """The leader has a new listener, which the follower cannot see."""
@@ -4178,8 +4184,7 @@ class RelayStartTest(RelayCase):
 
     def test_line_as_a_start_has_failed_leaves_the_flag_up(self):
         self.addCleanup(listen(self.path).close)    # somebody may be there
-        hub = SteppedRelayHub(self.make_settings(), stepped=False)
-        self.addCleanup(hub.close)
+        hub = self.make_newcomer(stepped=False)
         starting = hub.starting
         hub.starting = types.SimpleNamespace(
             acquire=starting.acquire,
@@ -4191,19 +4196,16 @@ class RelayStartTest(RelayCase):
 
     def test_where_a_loop_would_starve_it_never_leads(self):
         self.patch('_starves', lambda: True)
-        hub = SteppedRelayHub(self.make_settings(), stepped=False)
-        self.addCleanup(hub.close)
-        for number in range(3):
-            self.emit(hub, range(number, number + 1))
+        hub = self.make_newcomer(stepped=False)
+        self.emit(hub, range(3))
         self.assertFalse(hub.served or os.path.exists(self.path))
 
     def test_where_a_loop_would_starve_notify_does_its_work(self):
-        leader = self.make_newcomer(self.make_settings())
+        leader = self.make_newcomer()
         self.step(leader)
         client = self.connect(leader)
         self.patch('_starves', lambda: True)
-        hub = SteppedRelayHub(leader.settings, stepped=False)
-        self.addCleanup(hub.close)
+        hub = self.make_newcomer(stepped=False)
         for number in range(10):
             self.emit(hub, range(number, number + 1))
             self.assertIsNone(hub.thread)
@@ -4231,18 +4233,6 @@ class RelayStartTest(RelayCase):
         self.assertQueued(follower, 2)
         self.pump(follower, self.connect(), 2)
         self.assertEqual([], client.read())
-
-    def test_follower_hands_nothing_over_once_nobody_is_there(self):
-        leader, follower = self.make_pair()
-        follower.hand_over(True)
-        client = self.connect(leader)
-        self.emit(follower, range(1))
-        client.sock.close()
-        self.step(leader)
-        with mock.patch.object(unix_notifier._libc, 'send', none_left):
-            self.emit(follower, range(1))
-        self.step(follower)
-        self.assertFalse(follower.gate_open)
 
     def test_listener_presence_and_uplink_are_looked_at_in_this_order(self):
         # Presence first would miss who is accepted between the two.
@@ -4273,13 +4263,10 @@ class RelayStartTest(RelayCase):
 
     def test_connect_before_notify_is_the_start_whatever_runs_between(self):
         """Both loops in threads, which are switched as often as possible."""
-        settings = self.make_settings()
-        leader = SteppedRelayHub(settings, stepped=False)
-        self.addCleanup(leader.close)
+        leader = self.make_newcomer(stepped=False)
         leader.start()
         self.await_service()
-        follower = SteppedRelayHub(settings, stepped=False)
-        self.addCleanup(follower.close)
+        follower = self.make_newcomer(stepped=False)
         follower.start()
         wait_until(lambda: follower.follows)
         self.switch_threads_often()
@@ -4303,9 +4290,8 @@ class RelayLoadTest(RelayCase):
             self.step(follower, leader)
 
     def test_who_reads_fast_loses_nothing(self):
-        leader, follower = self.make_pair(sock_buffer_size=4 * 2 ** 20)
-        client = self.connect()
-        self.step(leader)
+        leader, follower, client = self.make_three(
+            sock_buffer_size=4 * 2 ** 20)
         # As the reader would, where it has a CPU.
         with fixtures.MonkeyPatch('time.sleep', lambda _: client.read()):
             self.fill(leader, follower, 100)
@@ -4313,10 +4299,7 @@ class RelayLoadTest(RelayCase):
         self.assertEqual([], lost(client.messages))
 
     def test_green_thread_that_forks_meanwhile_ends_the_wait(self):
-        leader, follower = self.make_pair(sock_buffer_size=2 ** 20)
-        self.connect()
-        self.step(leader)
-
+        leader, follower, _ = self.make_three(sock_buffer_size=2 ** 20)
         pid = os.getpid()
 
         def child():
@@ -4332,9 +4315,7 @@ class RelayLoadTest(RelayCase):
         self.assertEqual('', in_child(child))
 
     def test_who_does_not_read_is_waited_for_once(self):
-        leader, follower = self.make_pair(sock_buffer_size=2 ** 20)
-        client = self.connect()
-        self.step(leader)
+        leader, follower, client = self.make_three(sock_buffer_size=2 ** 20)
         naps = []
         with fixtures.MonkeyPatch('time.sleep', naps.append):
             self.fill(leader, follower, 60)
@@ -4397,13 +4378,10 @@ class RelayHeirTest(RelayCase):
 
     def test_subscribers_notice_nothing(self):
         leader, heir = self.make_pair()
-        other = self.make_newcomer(leader.settings)
         slow = self.clog(leader)
-        half, quick = Client(self.path), self.connect()
-        self.addCleanup(half.sock.close)
+        half, quick = self.connect(), self.connect()
         half.sock.shutdown(socket.SHUT_WR)
-        self.step(leader, heir, other)
-        wait_until(lambda: self.step(leader, heir, other) or other.follows)
+        other = self.make_follower(leader, heir)
         leader.turn()   # has heard of it
         bound = [os.stat(self.path + each).st_mtime_ns
                  for each in ('', '.relay')]
@@ -4522,8 +4500,7 @@ class RelayHeirTest(RelayCase):
         for number in range(50):
             heir.emit(numbered(number))
             self.leave(leader, heir)
-            leader, heir = heir, self.make_newcomer(leader.settings)
-            wait_until(lambda: self.step(leader, heir) or heir.follows)
+            leader, heir = heir, self.make_follower(heir)
             leader.turn()
             if number % 10 == 9:
                 files.append(len(open_files()))
@@ -4531,9 +4508,7 @@ class RelayHeirTest(RelayCase):
         self.assertEqual(1, len(set(files)), files)
 
     def test_heir_keeps_nothing_for_who_might_have_waited(self):
-        leader, heir = self.make_pair()
-        self.connect(leader)
-        self.step(heir)
+        leader, heir, _ = self.make_three()
         self.assertKeepsNothing(heir, lambda: self.leave(leader, heir))
 
     def test_events_that_tell_of_nothing_hold_nobody_up(self):
@@ -4552,9 +4527,8 @@ class RelayHeirTest(RelayCase):
 
     def test_nobody_rests_meanwhile(self):
         """As after visits: what a leader says is none, nor is a takeover."""
-        leader, heir = self.make_pair()
-        client = self.connect(leader)
-        self.step(heir, leader, heir)
+        leader, heir, client = self.make_three()
+        self.step(leader, heir)
         with mock.patch.object(unix_notifier._Visits, 'slow_down',
                                autospec=True) as rest:
             self.leave(leader, heir)
@@ -4562,9 +4536,7 @@ class RelayHeirTest(RelayCase):
         rest.assert_not_called()
 
     def test_who_comes_meanwhile_misses_nothing(self):
-        leader, heir = self.make_pair()
-        self.connect(leader)
-        self.step(heir)
+        leader, heir, _ = self.make_three()
         late = []
 
         def come():
@@ -4583,12 +4555,10 @@ class RelayHeirTest(RelayCase):
 
     def test_follower_that_is_greeted_at_once_finds_somebody(self):
         """Or it would drop what it has yet to send."""
-        for most in 16, 1:      # followers are asked
+        for most in in_turn(self, (16, 1)):     # followers are asked
             self.patch('_ASKED_MAX', most)
-            leader, other = self.make_pair()
-            heir = self.make_newcomer(leader.settings)
-            client = self.connect(leader)
-            wait_until(lambda: self.step(leader, heir) or heir.follows)
+            leader, other, client = self.make_three()
+            heir = self.make_follower(leader)
             self.step(leader, other)
             held = [each.sock.dup()     # as by a child
                     for each in leader.sources()]
@@ -4634,9 +4604,8 @@ class RelayHeirTest(RelayCase):
         self.dir = self.useFixture(fixtures.TempDir()).path
         self.path = os.path.join(self.dir, 's')
         leader, other = self.make_pair()
-        heir = self.make_newcomer(leader.settings)
         client = self.clog(leader)
-        wait_until(lambda: self.step(leader, heir) or heir.follows)
+        heir = self.make_follower(leader)
         self.step(leader, other)
         self.emit(heir, range(3, 5))
         self.step(heir)
@@ -4669,9 +4638,7 @@ class RelayHeirTest(RelayCase):
 
     def test_what_is_raised_after_the_last_word_changes_nothing(self):
         """By a signal's handler, say: all is the heir's by then."""
-        leader, heir = self.make_pair()
-        client = self.connect(leader)
-        self.step(heir)
+        leader, heir, client = self.make_three()
         close_all = unix_notifier._close_all
 
         def close(files):
@@ -4687,9 +4654,7 @@ class RelayHeirTest(RelayCase):
         self.assertServed(heir, self.connect(heir))
 
     def test_what_was_taken_in_is_sent_though_nobody_can_be_let_in(self):
-        leader, heir = self.make_pair()
-        client = self.connect(leader)
-        self.step(heir)
+        leader, heir, client = self.make_three()
         self.emit(heir, range(3))
         heir.turn()
 
@@ -4703,35 +4668,20 @@ class RelayHeirTest(RelayCase):
         self.assertTrue(client.ended)
 
     def test_rest_of_a_line_goes_with_it(self):
-        leader, heir = self.make_pair()
-        client = self.connect(leader)
-        self.step(heir)
+        leader, heir, client = self.make_three()
         leader.subscribers[0].sock.send(line(0)[:9])
         leader.rest = line(0), [9]
         self.leave(leader, heir)
         self.emit(heir, range(1, 3))
         self.assertAccount(heir, 3, client)
 
-    def test_heir_that_leaves_at_once_sends_its_half_sent_line_whole(self):
-        """For what the last leader had of it went with that."""
-        leader, heir = self.make_pair()
-        client = self.connect(leader)
-        self.step(heir)
-        self.leave(leader, heir)
-        heir.rest = line(0), [9]
-        heir.finish()
-        self.assertEqual(1, account(client.read()))
-        self.assertTrue(client.ended)
-
     def test_follower_that_has_just_come_may_be_the_heir(self):
-        leader = self.make_newcomer(self.make_settings())
+        leader = self.make_newcomer()
         leader.turn()
         client = self.connect(leader)
-        heir = self.make_newcomer(leader.settings)
+        heir = self.make_newcomer()
         heir.turn()     # it has connected, and was not accepted
-        mute = socket.socket(socket.AF_UNIX)
-        self.addCleanup(mute.close)
-        mute.connect(self.path + '.relay')      # and says nothing
+        mute = self.call_relay()
         leader.lock.write(vacated=True)     # or the pid would be the same
         self.leave(leader, heir)
         heir.turn()
@@ -4741,9 +4691,7 @@ class RelayHeirTest(RelayCase):
 
     def test_what_comes_too_late_may_come_while_it_is_counted(self):
         """From threads that had found the gate open."""
-        leader, heir = self.make_pair()
-        client = self.connect(leader)
-        self.step(heir)
+        leader, heir, client = self.make_three()
         late, islice = itertools.count(), itertools.islice
 
         def emit():
@@ -4762,71 +4710,52 @@ class RelayHeirTest(RelayCase):
             self.leave(leader, heir)
         self.assertEqual(2, next(late))
         heir.turn()
-        self.assertEqual([1], [each['payload']['lost']
-                               for each in client.read()])
+        self.assertEqual([1], lost(client.read()))
         self.assertServed(heir, client)
 
+    class Stopped(BaseException):
+        """It takes nobody's word for an end."""
+
     def test_leader_that_stops_amid_it_is_given_up(self):
-        class Stopped(BaseException):
-            pass
-
-        def stop():
-            raise Stopped
-
-        leader, heir = self.make_pair()
-        self.connect(leader)
-        self.step(heir)
+        leader, heir, _ = self.make_three()
         self.exit_time = 0.1
-        self.assertRaises(Stopped, self.leave, leader, heir, each_time=stop)
+        self.assertRaises(self.Stopped, self.leave, leader, heir,
+                          each_time=mock.Mock(side_effect=self.Stopped))
         self.assertFalse(heir.follows)
         wait_until(lambda: heir.turn() or heir.follows)
 
-    def test_heir_that_is_killed_leaves_it_to_others(self):
-        for turns in itertools.count():
-            failed, other, client = self.fail_at(
-                turns, lambda _, heir: heir.die())
-            if not failed:
-                break
-            self.assertGoesOn(client, other)
-        self.assertEqual(4, turns)  # asked, lock, what is owed, streams
-
-    def test_heir_that_stops_is_passed_over(self):
-        for turns in range(4):
-            failed, other, client = self.fail_at(turns, lambda *_: None)
-            self.assertTrue(failed)
-            self.assertGoesOn(client, other)
-            self.assertEqual(5, account(client.messages))
-
-    def test_heir_that_leaves_before_it_has_all_leaves_it_to_others(self):
-        for turns in range(1, 5):
-            failed, other, client = self.fail_at(
-                turns, lambda _, heir: heir.finish())
+    def test_heir_that_fails_before_it_has_all_leaves_it_to_others(self):
+        """Or is passed over, if it goes on but does nothing."""
+        ways = {'is killed': lambda _, heir: heir.die(),
+                'stops': lambda *_: None,
+                'leaves': lambda _, heir: heir.finish()}
+        # It is asked, has the lock, what is owed, the streams; and all.
+        for turns, way in in_turn(self, itertools.product(range(5), ways)):
+            failed, other, client = self.fail_at(turns, ways[way])
             self.assertEqual(turns < 4, failed)
             if failed:
                 self.assertGoesOn(client, other)
-                self.assertEqual(5, account(client.messages))
+                self.assertTrue(way == 'is killed'
+                                or account(client.messages) == 5)
 
     def test_leader_that_is_killed_amid_it_takes_the_streams_along(self):
-        class Killed(BaseException):
-            pass
-
         def kill(leader, heir):
             heirs.append(heir)
             leader.die()
-            raise Killed
+            raise self.Stopped
 
         def leave(leader, heir):
             # Then it is killed before the last word.
             leader.count_left = lambda: kill(leader, heir)
-            self.assertRaises(Killed, RelayHeirTest.leave, self, leader, heir)
+            self.assertRaises(self.Stopped, RelayHeirTest.leave, self, leader,
+                              heir)
 
         heirs = []
-
-        for turns in range(5):
+        for turns in in_turn(self, range(5)):
             with mock.patch.object(self, 'leave', leave):
                 _, other, client = self.fail_at(turns, kill)
             # Another leads, for the heir cannot.
-            heir, newcomer = heirs.pop(), self.make_newcomer(other.settings)
+            heir, newcomer = heirs.pop(), self.make_newcomer()
             with mock.patch('os.open', autospec=True,
                             side_effect=OSError(errno.EMFILE, 'full')):
                 heir.look_again(3)
@@ -4834,7 +4763,7 @@ class RelayHeirTest(RelayCase):
             self.assertGoesOn(client, heir, other, newcomer)
 
     def test_who_may_not_or_cannot_is_no_heir(self):
-        for change in (
+        for _, change in in_turn(self, enumerate((
                 lambda leader, heir: setattr(leader.sources()[0], 'uid', -1),
                 lambda leader, heir: setattr(heir.loop, 'closing', True),
                 lambda leader, heir: setattr(heir.loop, 'starves', True),
@@ -4849,10 +4778,8 @@ class RelayHeirTest(RelayCase):
                 lambda leader, heir: self.useFixture(
                     fixtures.MockPatchObject(
                         unix_notifier._libc, 'memfd_create',
-                        side_effect=AttributeError))):
-            leader, heir = self.make_pair()
-            client = self.connect(leader)
-            self.step(heir)
+                        side_effect=AttributeError))))):
+            leader, heir, client = self.make_three()
             self.emit(leader, range(3))
             self.emit(heir, range(3, 103), size=1000)   # for several reads
             self.step(heir)
@@ -4865,40 +4792,21 @@ class RelayHeirTest(RelayCase):
             heir.die()
         self.assertLogged('handed on', 0)
 
-    def test_heir_without_descriptors_to_spare_is_passed_over(self):
-        for spare in range(4):
-            leader, heir = self.make_pair()
-            client = self.connect(leader)
-            self.step(heir)
-
-            def turn():
-                with no_descriptors(spare):
-                    SteppedHub.turn(heir)
-
-            with mock.patch.object(heir, 'turn', turn):
-                self.leave(leader, heir)
-            self.assertIs(heir, self.settle(heir))
-            self.assertServed(heir, self.connect(heir))
-            self.assertNotEqual(bool(client.read()), client.ended)
-            heir.finish()
-
     def test_heir_that_leaves_is_one_all_the_same_if_it_has_all(self):
-        leader, heir = self.make_pair()
-        client = self.connect(leader)
-        self.step(heir)
+        leader, heir, client = self.make_three()
         self.emit(leader, range(3))
         self.leave(leader, heir)    # whose last word it has yet to hear
-        self.emit(heir, range(3, 5))
+        # Sent whole, for what the last leader had of it went with that.
+        heir.rest = line(3), [9]
+        self.emit(heir, range(4, 6))
         heir.finish()
-        self.assertEqual(5, account(client.read()))
+        self.assertEqual(6, account(client.read()))
         self.assertTrue(client.ended)
         self.assertLogged('handed on', 2)
 
     def test_heir_that_leaves_hands_on_what_it_has_yet_to_take(self):
-        leader, other = self.make_pair()
-        heir = self.make_newcomer(leader.settings)
-        client = self.connect(leader)
-        wait_until(lambda: self.step(leader, heir) or heir.follows)
+        leader, other, client = self.make_three()
+        heir = self.make_follower(leader)
         self.step(leader, other)
         self.emit(leader, range(3))
         self.leave(leader, heir)
@@ -4907,36 +4815,42 @@ class RelayHeirTest(RelayCase):
         self.leave(heir, other)
         self.assertAccount(other, 5, client)
 
-    def test_nonsense_from_a_leader_is_no_estate(self):
-        for data in (b'lost x', b'2', b'0', b'lost 1' * 9):
-            leader, heir = self.make_pair()
-            client = self.connect(leader)
-            self.step(heir)
-            with mock.patch.object(
-                    unix_notifier._Bequest, '_tell',
-                    lambda each, *_: each._heir.send(data)):
+    def test_heir_without_descriptors_to_spare_is_passed_over(self):
+        for spare in in_turn(self, range(4)):
+            leader, heir, client = self.make_three()
+
+            def turn():
+                with no_descriptors(spare):
+                    SteppedHub.turn(heir)
+
+            with mock.patch.object(heir, 'turn', turn):
                 self.leave(leader, heir)
-            self.assertTrue(client.read() or client.ended)
-            self.assertIs(heir, self.settle(heir))
-            self.assertServed(heir, self.connect(heir))
+            self.assertLeads(heir)
+            self.assertNotEqual(bool(client.read()), client.ended)
             heir.finish()
 
-    def test_last_word_before_all_has_come_is_none(self):
-        tell = unix_notifier._Bequest._tell
-        for count in range(3):      # of lock and relay; what is owed; streams
-            leader, heir = self.make_pair()
-            client = self.connect(leader)
-            self.step(heir)
+    def test_nonsense_from_a_leader_is_no_estate(self):
+        """Nor is a last word before all has come."""
+        def says(data):
+            return lambda bequest, *_: bequest._heir.send(data)
+
+        def stops_after(count, tell=unix_notifier._Bequest._tell):
             told = iter(range(count))
+            return lambda *args: next(told, None) is None or tell(*args)
+
+        for way, what in in_turn(self, (
+                (says, b'lost x'), (says, b'2'), (says, b'0'),
+                (says, b'lost 1' * 9),
+                # Of lock and relay; what is owed; streams.
+                (stops_after, 0), (stops_after, 1), (stops_after, 2))):
+            leader, heir, client = self.make_three()
             with mock.patch.object(
-                    unix_notifier._Bequest, '_tell',
-                    lambda *args: next(told, None) is None or tell(*args)):
+                    unix_notifier._Bequest, '_tell', way(what)):
                 self.leave(leader, heir)
-            self.assertIs(heir, self.settle(heir))
-            self.assertServed(heir, self.connect(heir))
             self.assertEqual(([], True), (client.read(), client.ended))
+            self.assertLeads(heir)
             heir.finish()
-        self.assertLogged('handed on', 3)   # as the leader believes
+        self.assertLogged('handed on', 7)   # as the leader believes
 
 
 class RelayPathTest(RelayCase):
@@ -4950,80 +4864,67 @@ class RelayPathTest(RelayCase):
 
     def test_who_leads_knows_at_once_that_nobody_is_there(self):
         """It does not sleep before, with the gate open for who waits."""
-        hub = SteppedRelayHub(self.make_settings(), stepped=False)
-        self.addCleanup(hub.close)
+        hub = self.make_newcomer(stepped=False)
         hub.start()
         wait_until(lambda: hub.served and not hub.gate_open)
 
     def test_who_has_taken_over_keeps_nothing_for_who_might_have_waited(self):
-        leader, follower = self.make_pair()
-        self.connect(leader)
-        self.step(leader, follower)
+        leader, follower, _ = self.make_three()
         leader.die()
         self.emit(follower, range(1))       # is owed to who waits
         self.assertKeepsNothing(follower, lambda: self.settle(follower))
 
-    def test_follower_that_cannot_watch_the_leader_tries_again(self):
+    def test_who_cannot_watch_the_other_tries_again(self):
         leader, follower = self.make_pair()
-        other = self.make_newcomer(leader.settings)
+        other = self.make_newcomer()
         other.turn()
-        with mock.patch.object(
-                other.selector, 'register', autospec=True,
-                side_effect=OSError(errno.ENOSPC, 'too many are watched')):
-            other.look_again()
-        self.assertIs(leader, self.settle(leader, follower, other))
+        error = OSError(errno.ENOSPC, 'too many are watched')
+        for hub, connect in in_turn(self, (
+                (leader, leader.turn), (follower, follower.uplink_ends))):
+            with mock.patch.object(hub.selector, 'register', autospec=True,
+                                   side_effect=error) as register:
+                connect()
+            register.assert_called()
+            self.assertIs(leader, self.settle(leader, follower, other))
 
     def test_relay_that_may_not_be_connected_to_is_no_stranger(self):
         lock = unix_notifier._Lock(self.path + '.lock')
         self.addCleanup(lock.close)
         lock.acquire()
-        follower = self.make_newcomer(self.make_settings())
+        follower = self.make_newcomer()
         with mock.patch('socket.socket.connect', autospec=True,
                         side_effect=PermissionError(errno.EPERM, 'no')):
             follower.look_again(9)
         self.assertLogged('relay refused', 0)
         self.assertLogged('held; its last owner')
 
-    def test_leader_that_cannot_watch_a_follower_hangs_up(self):
-        leader, follower = self.make_pair()
-        other = self.make_newcomer(leader.settings)
-        other.turn()
-        register = leader.selector.register
-        errors = [OSError(errno.ENOSPC, 'too many are watched')]
-
-        def fail_once(*args):
-            if errors:
-                raise errors.pop()
-            return register(*args)
-
-        with mock.patch.object(leader.selector, 'register', fail_once):
-            leader.turn()
-        self.assertEqual([], errors)
-        self.assertIs(leader, self.settle(leader, follower, other))
-
-    def test_what_a_leader_has_taken_as_it_resigns_is_told_of_as_lost(self):
-        leader, follower = self.make_pair()
-        client = self.connect(leader)
-        self.step(leader, follower)
+    def remove_all(self):
         for name in os.listdir(self.dir):
             os.unlink(os.path.join(self.dir, name))
-        other = self.make_newcomer(leader.settings)
-        other.turn()
-        late = self.connect(other)
+
+    def test_who_lost_everything_follows_its_successor(self):
+        leader, follower, before = self.make_three()
+        self.remove_all()
+        successor = self.make_newcomer()
+        successor.turn()
+        after = self.connect(successor)
+        # On its way up as the leader resigns: told here, and lost there.
         self.emit(follower, range(3))
         self.step(follower)
         leader.look_again()
-        self.assertEqual(3, account(client.read()))
-        self.settle(leader, follower, other)
-        wait_until(lambda: self.step(leader, other) or late.read())
+        self.assertEqual(3, account(before.read()))
+        self.assertTrue(before.ended)
+        self.assertIs(successor, self.settle(successor, leader, follower))
+        wait_until(lambda: self.step(leader, successor) or after.read())
         self.assertEqual(
             [{'lost': 3, 'reason': 'leader replaced'}],
-            [each['payload'] for each in late.messages])
+            [each['payload'] for each in after.messages])
+        self.emit(leader, range(3, 4))
+        self.step(leader, successor)
+        self.assertEqual(4, account(after.read()))
 
     def test_who_comes_as_a_leader_leaves_is_for_the_next(self):
-        leader, follower = self.make_pair()
-        slow = self.connect(leader)
-        self.step(leader, follower)
+        leader, follower, slow = self.make_three()
         self.emit(leader, range(1), size=2 ** 22)
         leader.turn()
         clients = []
@@ -5048,9 +4949,8 @@ class RelayPathTest(RelayCase):
         client.sock.shutdown(socket.SHUT_WR)    # only a send will tell
         self.step(leader, follower)
         client.sock.close()
-        for name in os.listdir(self.dir):
-            os.unlink(os.path.join(self.dir, name))
-        other = self.make_newcomer(leader.settings)
+        self.remove_all()
+        other = self.make_newcomer()
         other.turn()
         self.emit(follower, range(1))   # which fails as the leader resigns
         self.step(follower)
@@ -5071,9 +4971,7 @@ class RelayPathTest(RelayCase):
 
     def test_who_comes_to_a_successor_misses_nothing(self):
         """It gets what is on its way, and so all that follows."""
-        leader, follower = self.make_pair()
-        self.connect(leader)
-        self.step(follower)
+        leader, follower, _ = self.make_three()
         self.leave(leader)
         self.emit(follower, range(3))
         late = []
@@ -5095,102 +4993,88 @@ class RelayPathTest(RelayCase):
         self.assertTrue(follower.served)
 
     def test_who_waits_at_a_dead_leader_sees_the_end_of_the_stream(self):
-        self.assertLetGo(lock_too=False)
+        for lock_too in in_turn(self, (False, True)):
+            leader, follower = self.make_pair()
+            bound = os.stat(self.path).st_ino
+            clients = [self.connect() for _ in range(3)]
+            self.emit(follower, range(3))
+            self.step(follower)
+            if lock_too:
+                os.unlink(self.path + '.lock')
+            leader.die()    # and with it what it was sent
+            with mock.patch.object(unix_notifier, '_accept', autospec=True,
+                                   side_effect=OSError(errno.EMFILE, 'full')):
+                follower.look_again()
+            self.assertFalse(follower.served)   # or the rest would go on
+            self.assertLeads(follower)
+            self.assertEqual([([], True)] * 3, [
+                (each.read(), each.ended) for each in clients])
+            self.assertEqual(bound, os.stat(self.path).st_ino)
+            follower.finish()
 
-    def test_who_waits_at_a_dead_leader_is_let_go_though_no_lock_tells(self):
-        self.assertLetGo(lock_too=True)
-
-    def assertLetGo(self, lock_too):
-        leader, follower = self.make_pair()
-        bound = os.stat(self.path).st_ino
-        clients = [self.connect() for _ in range(3)]
-        self.emit(follower, range(3))
-        self.step(follower)
-        if lock_too:
-            os.unlink(self.path + '.lock')
-        leader.die()    # and with it what it was sent
-        with mock.patch.object(unix_notifier, '_accept', autospec=True,
-                               side_effect=OSError(errno.EMFILE, 'full')):
-            follower.look_again()
-        self.assertFalse(follower.served)   # or the rest would go on
-        self.assertIs(follower, self.settle(follower))
-        self.assertEqual([[]] * 3, [each.read() for each in clients])
-        self.assertTrue(all(each.ended for each in clients))
-        self.assertEqual(bound, os.stat(self.path).st_ino)
-        self.assertServed(follower, self.connect())
-
-    def assertGoesWhole(self, end):
-        """A line that is half sent as the leader ends, in whichever way."""
-        leader, follower = self.make_pair()
-        before = self.connect()
-        self.step(leader)
-        self.emit(follower, range(1), size=2 ** 19)
-        follower.drop()     # of which it has a record, in a leader's words
-        self.step(follower, leader)
-        self.assertLess(0, follower.half_sent)
-        end(leader)
-        after = self.connect()
-        self.assertIs(follower, self.settle(follower))
-        self.pump(follower, after, 2)
-        self.assertEqual([], before.read())
-        self.assertTrue(before.ended or end == self.leave)
+    def test_half_sent_line_goes_whole_to_the_next(self):
+        """In whichever way the leader ends."""
+        for end in in_turn(self, (self.leave, SteppedRelayHub.finish)):
+            leader, follower, before = self.make_three()
+            self.emit(follower, range(1), size=2 ** 19)
+            follower.drop()     # of which it has a record, in a leader's words
+            self.step(follower, leader)
+            self.assertLess(0, follower.half_sent)
+            end(leader)
+            after = self.connect()
+            self.assertIs(follower, self.settle(follower))
+            self.pump(follower, after, 2)
+            self.assertEqual([], before.read())
+            self.assertTrue(before.ended or end == self.leave)
+            follower.finish()
 
     def test_path_goes_with_the_last_that_leaves(self):
         first, second = self.make_pair()
         first.finish()
         self.assertTrue(os.path.exists(self.path))  # the second goes on
         self.assertIs(second, self.settle(second))
-        third = self.make_newcomer(first.settings)
+        third = self.make_newcomer()
         self.settle(second, third)
         third.finish()
         second.finish()     # which has not read the end of the third's stream
         self.assertFalse(os.path.exists(self.path))
-
-    def test_half_sent_line_goes_whole_to_the_next_of_one_that_leaves(self):
-        self.assertGoesWhole(self.leave)
-
-    def test_half_sent_line_goes_whole_to_the_next_of_one_that_exits(self):
-        self.assertGoesWhole(SteppedRelayHub.finish)
 
     def test_who_waits_at_a_listener_that_lost_the_path_is_let_go(self):
         leader, follower = self.make_pair()
         client = self.connect()
         os.unlink(self.path)
         leader.die()
-        self.assertIs(follower, self.settle(follower))
-        self.assertEqual([], client.read())
-        self.assertTrue(client.ended)
-        self.assertServed(follower, self.connect())
+        self.assertLeads(follower)
+        self.assertEqual(([], True), (client.read(), client.ended))
 
-    def assertKeptThrough(self, trouble):
-        """A follower cannot lead at once; who waits is owed all the same."""
-        leader, follower = self.make_pair()
-        client = self.connect()
-        self.emit(follower, range(3))
-        os.unlink(self.path + '.relay')
-        self.leave(leader)
-        with trouble(follower):
-            follower.look_again(9)
-            self.assertFalse(follower.served)
-        self.assertIs(follower, self.settle(follower))
-        self.pump(follower, client, 3)
-
-    def test_who_waits_is_owed_all_though_a_file_is_in_the_way(self):
+    def test_who_waits_is_owed_all_though_nobody_can_lead_at_once(self):
         @contextlib.contextmanager
-        def file(follower):
-            with open(self.path + '.relay', 'w'):
-                yield
+        def file_in_the_way(follower):
+            touch(self.path + '.relay')
+            yield
             os.unlink(self.path + '.relay')
 
-        self.assertKeptThrough(file)
+        def full_disk(follower):
+            return mock.patch.object(
+                follower.lock, 'write', autospec=True,
+                side_effect=OSError(errno.ENOSPC, 'full'))
 
-    def test_who_waits_is_owed_all_though_the_disk_is_full(self):
-        self.assertKeptThrough(lambda follower: mock.patch.object(
-            follower.lock, 'write', autospec=True,
-            side_effect=OSError(errno.ENOSPC, 'full')))
+        for trouble in in_turn(self, (file_in_the_way, full_disk)):
+            leader, follower = self.make_pair()
+            client = self.connect()
+            self.emit(follower, range(3))
+            os.unlink(self.path + '.relay')
+            self.leave(leader)
+            with trouble(follower):
+                follower.look_again(9)
+                self.assertFalse(follower.served)
+            self.assertIs(follower, self.settle(follower))
+            self.pump(follower, client, 3)
+            follower.finish()
 
     def test_who_came_as_a_leader_left_is_owed_what_it_emitted_since(self):
-        for emits, slow in ((False, 0), (True, 0), (True, 2 ** 22)):
+        for emits, slow in in_turn(self, (
+                (False, 0), (True, 0), (True, 2 ** 22))):
             leader, follower = self.make_pair()
             self.connect(leader)
             self.emit(leader, range(1), size=slow)  # others have yet to read
@@ -5210,39 +5094,39 @@ class RelayPathTest(RelayCase):
             self.assertEqual(emits, late[0].ended)
             follower.finish()
 
-    def test_newcomer_owes_all_though_the_directory_is_away_for_a_moment(self):
-        leader = self.make_newcomer(self.make_settings())
-        self.step(leader)
-        client = self.connect(leader)
-        newcomer = self.make_newcomer(leader.settings)
-        os.rename(self.dir, self.dir + '.away')
-        for number in range(5):     # each time it has just tried
-            newcomer.look_again()
-            self.emit(newcomer, range(number, number + 1))
-        os.rename(self.dir + '.away', self.dir)
-        self.assertIs(leader, self.settle(leader, newcomer))
-        self.step(newcomer)
-        self.pump(leader, client, 5)
+    @contextlib.contextmanager
+    def away(self, path):
+        """It has another name, for a moment."""
+        os.rename(path, path + '.away')
+        yield
+        os.rename(path + '.away', path)
 
-    def test_newcomer_without_descriptors_owes_all(self):
-        leader = self.make_newcomer(self.make_settings())
-        self.step(leader)
-        client = self.connect(leader)
-        newcomer = self.make_newcomer(leader.settings)
-        with mock.patch('os.open', autospec=True,
-                        side_effect=OSError(errno.EMFILE, 'full')):
-            newcomer.look_again(9)
-            self.emit(newcomer, range(1))
-            newcomer.look_again(2)
-        self.assertIs(leader, self.settle(leader, newcomer))
-        self.step(newcomer)
-        self.pump(leader, client, 1)
+    def test_newcomer_owes_all_though_it_cannot_follow_at_once(self):
+        """For a moment, or as long as it has no descriptors."""
+        no_files = mock.patch('os.open', autospec=True,
+                              side_effect=OSError(errno.EMFILE, 'full'))
+        for trouble, tries in in_turn(self, (
+                (self.away(self.dir), 1), (no_files, 9))):
+            leader = self.make_newcomer()
+            self.step(leader)
+            client = self.connect(leader)
+            newcomer = self.make_newcomer()
+            with trouble:
+                for number in range(5):     # each time it has just tried
+                    newcomer.look_again(tries)
+                    self.emit(newcomer, range(number, number + 1))
+            self.assertIs(leader, self.settle(leader, newcomer))
+            self.step(newcomer)
+            self.pump(leader, client, 5)
+            newcomer.finish()
+            leader.finish()
 
     def test_who_can_neither_lead_nor_follow_keeps_nothing_until_it_may(self):
-        for hinder, free in ((os.rmdir, os.mkdir), (touch, os.unlink)):
+        for hinder, free in in_turn(self, (
+                (os.rmdir, os.mkdir), (touch, os.unlink))):
             path = self.dir if hinder is os.rmdir else self.path
             hinder(path)
-            newcomer = self.make_newcomer(self.make_settings())
+            newcomer = self.make_newcomer()
             self.emit(newcomer, [7])    # as somebody might be there
             newcomer.look_again(9)
             with mock.patch.object(unix_notifier, '_encode', autospec=True,
@@ -5250,19 +5134,17 @@ class RelayPathTest(RelayCase):
                 self.emit(newcomer, range(3))
             self.assertQueued(newcomer, 0)
             free(path)
-            leader = self.make_newcomer(newcomer.settings)
+            leader = self.make_newcomer()
             self.step(leader)
             client = self.connect()
-            os.rename(self.path, self.path + '.away')   # for a moment
-            self.emit(newcomer, range(1))   # before it has tried again
-            os.rename(self.path + '.away', self.path)
+            with self.away(self.path):
+                self.emit(newcomer, range(1))   # before it has tried again
             self.assertIs(leader, self.settle(leader, newcomer))
             self.step(newcomer)
             self.pump(leader, client, 1)
             newcomer.finish()
             leader.finish()
-            for name in os.listdir(self.dir):
-                os.unlink(os.path.join(self.dir, name))
+            self.remove_all()
 
     def test_follower_has_the_leader_look_after_the_path(self):
         leader, follower = self.make_pair()
@@ -5274,29 +5156,10 @@ class RelayPathTest(RelayCase):
         self.step(follower, leader)
         self.assertTrue(os.path.exists(self.path))
 
-    def test_who_lost_everything_follows_its_successor(self):
-        leader, follower = self.make_pair()
-        before = self.connect()
-        self.step(leader)
-        for suffix in '', '.lock', '.relay':
-            os.unlink(self.path + suffix)
-        successor = self.make_newcomer(leader.settings)
-        successor.turn()
-        # On its way up as the leader resigns: told here, and lost there.
-        self.emit(follower, range(2))
-        self.step(follower)
-        self.assertIs(successor, self.settle(successor, leader, follower))
-        self.assertEqual(2, account(before.read()))
-        self.assertTrue(before.ended)
-        after = self.connect()
-        self.emit(leader, range(1))
-        self.step(leader, successor)
-        self.assertEqual(1, account(after.read()))
-
     def test_newcomer_has_an_idle_leader_look_after_its_relay(self):
         leader, _ = self.make_pair()
         os.unlink(self.path + '.relay')
-        newcomer = self.make_newcomer(leader.settings)
+        newcomer = self.make_newcomer()
         newcomer.look_again(8)
         self.emit(newcomer, range(1))   # is owed, for somebody leads
         # It does not disturb one that is about to leave.
@@ -5315,24 +5178,19 @@ class RelayPathTest(RelayCase):
         self.pump(leader, client, 1)
 
     def test_newcomer_keeps_all_until_a_leader_without_lock_has_noticed(self):
-        leader, follower = self.make_pair()
-        client = self.connect()
-        self.step(leader)
+        leader, follower, client = self.make_three()
         for suffix in '.lock', '.relay':
             os.unlink(self.path + suffix)
-        newcomer = self.make_newcomer(leader.settings)
+        newcomer = self.make_newcomer()
         self.emit(newcomer, range(1))
-        for _ in range(3):
-            newcomer.look_again()
+        newcomer.look_again(3)
         self.assertIs(leader, self.settle(leader, follower, newcomer))
         self.step(newcomer, leader)
         self.assertEqual(1, account(client.read()))
 
     def test_what_a_follower_left_is_read_though_the_path_was_lost(self):
         """It is gone when the leader would tell it of a new listener."""
-        leader, follower = self.make_pair()
-        client = self.connect()
-        self.step(leader)
+        leader, follower, client = self.make_three()
         self.emit(follower, range(100), size=1000)  # for more than one read
         self.step(follower)
         follower.finish()
@@ -5342,9 +5200,7 @@ class RelayPathTest(RelayCase):
 
     def test_without_descriptors_followers_wait_and_that_is_logged_once(self):
         leader, _ = self.make_pair()
-        newcomer = socket.socket(socket.AF_UNIX)
-        self.addCleanup(newcomer.close)
-        newcomer.connect(self.path + '.relay')
+        newcomer = self.call_relay()
         newcomer.setblocking(False)
         with no_descriptors():
             leader.look_again(5)
@@ -5373,21 +5229,17 @@ class RelayPathTest(RelayCase):
         for directory in (self.path, os.path.dirname(self.path)):
             os.chmod(os.path.dirname(directory), 0o755)
         with as_uid(NOBODY):
-            stranger = socket.socket(socket.AF_UNIX)
-            self.addCleanup(stranger.close)
-            stranger.connect(self.path + '.relay')
+            stranger = self.call_relay()
         self.step(leader)
         self.assertEqual(b'', stranger.recv(100))
         self.assertLogged('uid %d: not trusted' % NOBODY)
 
     def test_nonsense_is_named_once_and_cut_off(self):
         leader, _ = self.make_pair()
-        for text in (b'GET / HTTP/1.1\n', b'unix-notifier relay 2\n-x y\n',
-                     b'unix-notifier relay 2\n-1\n', b'unix-notif',
-                     b'x' * 5000):
-            peer = socket.socket(socket.AF_UNIX)
-            self.addCleanup(peer.close)
-            peer.connect(self.path + '.relay')
+        for text in in_turn(self, (
+                b'GET / HTTP/1.1\n', b'unix-notifier relay 2\n-x y\n',
+                b'unix-notifier relay 2\n-1\n', b'unix-notif', b'x' * 5000)):
+            peer = self.call_relay()
             peer.send(text)
             self.step(leader, leader)
             self.assertTrue(peer.recv(1000).startswith(unix_notifier._HELLO))
@@ -5443,10 +5295,8 @@ class RelayWordsTest(RelayCase):
 
     def test_leader_that_accepts_nobody_is_not_waited_for(self):
         relay = self.pose_as_leader(backlog=0)
-        first = socket.socket(socket.AF_UNIX)
-        self.addCleanup(first.close)
-        first.connect(self.path + '.relay')
-        follower = self.make_newcomer(self.make_settings())
+        self.call_relay()
+        follower = self.make_newcomer()
         thread = threading.Thread(target=follower.turn, daemon=True)
         thread.start()
         thread.join(PROMPT)
@@ -5457,7 +5307,7 @@ class RelayWordsTest(RelayCase):
 
     def test_leader_that_hangs_up_each_time_is_asked_ever_less_often(self):
         relay, event = self.pose_as_leader(), unix_notifier._Event()
-        follower = self.make_newcomer(self.make_settings())
+        follower = self.make_newcomer()
         now, waits = [time.monotonic()], []
         with fixtures.MonkeyPatch('time.monotonic', lambda: now[0]):
             for lasts in [0] * 10 + [60, 0]:
@@ -5478,7 +5328,7 @@ class RelayWordsTest(RelayCase):
 
     def test_leader_that_says_no_hello_is_gone_and_is_told_of_once(self):
         relay = self.pose_as_leader()
-        follower = self.make_newcomer(self.make_settings())
+        follower = self.make_newcomer()
         event, file = unix_notifier._Event(), open(self.path, 'w+')
         self.addCleanup(file.close)
         hello = unix_notifier._HELLO

@@ -3552,7 +3552,9 @@ def in_turn(test, cases):
 
 # -- the driver -------------------------------------------------------------
 
-class DriverTest(TestCase):
+class DriverCase(TestCase):
+
+    """Gives each test drivers whose hubs speak as the tests do."""
 
     def setUp(self):
         super().setUp()
@@ -3576,6 +3578,9 @@ class DriverTest(TestCase):
         driver = unix_notifier.UnixDriver(self.make_conf(**options))
         self.await_service()
         return driver
+
+
+class DriverTest(DriverCase):
 
     def test_construct_without_conf_touches_nothing(self):
         before = threading.active_count(), open_files()
@@ -4056,6 +4061,41 @@ class RelayCase(HubCase):
                                    for each in gc.get_objects()))
 
 
+class RelayForkTest(DriverCase):
+
+    """Relay: a parent that leads, and a child that follows."""
+
+    def test_fork_amid_a_hand_over_leaves_the_turn_to_parent_and_child(self):
+        driver, client = self.serve(), self.connect()
+        self.notify(driver)
+        client.wait(1)
+        wait_until(lambda: driver._hub.asleep and driver._hub.ready)
+        held, go = threading.Event(), threading.Event()
+        driver._hub.on_hand_over(lambda: held.set() or go.wait(WAIT))
+        reader, writer = os.pipe()
+
+        def child():
+            self.notify(driver, {'n': 2})
+            os.write(writer, b'x')      # it did not wait for the parent's
+            unix_notifier._at_exit()
+
+        texts = []
+        amid = threading.Thread(target=self.notify, args=(driver, {'n': 1}))
+        amid.start()
+        held.wait(WAIT)
+        forker = threading.Thread(target=lambda: texts.append(in_child(child)))
+        forker.start()
+        self.assertEqual(b'x', os.read(reader, 1))
+        go.set()
+        for each in amid, forker:
+            each.join(WAIT)
+        self.assertEqual([''], texts)
+        os.close(reader)
+        os.close(writer)
+        self.assertEqual([0, 1, 2], sorted(
+            each['payload']['n'] for each in client.wait(3)))
+
+
 class RelayStartTest(RelayCase):
 
     """Relay: who gets what from when on, as a follower sees it."""
@@ -4127,44 +4167,6 @@ class RelayStartTest(RelayCase):
         self.emit(follower, range(1))
         self.step(follower, leader)
         self.assertEqual(1, account(client.read()))
-
-    def test_fork_amid_a_hand_over_leaves_the_turn_to_parent_and_child(self):
-        self.patch_drivers()
-        driver = unix_notifier.UnixDriver(self.make_conf())
-        hub = driver._hub
-        self.addCleanup(unix_notifier._hubs.clear)
-        self.addCleanup(hub.close)
-        self.await_service()
-        client = self.connect()
-        driver.notify({}, numbered(0), 'INFO', None)
-        client.wait(1)
-        wait_until(lambda: hub.asleep and hub.ready)
-        held, go = threading.Event(), threading.Event()
-        hub.on_hand_over(lambda: held.set() or go.wait(WAIT))
-        amid = threading.Thread(target=driver.notify, args=(
-            {}, numbered(1), 'INFO', None))
-        amid.start()
-        held.wait(WAIT)
-        reader, writer = os.pipe()
-
-        def child():
-            driver.notify({}, numbered(2), 'INFO', None)
-            os.write(writer, b'x')      # it did not wait for the parent's
-            unix_notifier._at_exit()
-
-        texts = []
-        forker = threading.Thread(target=lambda: texts.append(in_child(child)))
-        forker.start()
-        self.assertEqual(b'x', os.read(reader, 1))
-        go.set()
-        for each in amid, forker:
-            each.join(WAIT)
-        self.assertEqual([''], texts)
-        os.close(reader)
-        os.close(writer)
-        client.wait(3)
-        self.assertEqual([0, 1, 2], sorted(
-            each['payload']['n'] for each in client.messages))
 
     def test_child_without_a_hook_leaves_the_number_of_an_event(self):
         """Which no identity tells from another file."""
@@ -5255,10 +5257,11 @@ class RelayWordsTest(RelayCase):
                 self.assertEqual(lines, data.count(b'\n'))
 
     def test_nonsense_costs_nothing_that_precedes_it(self):
-        for nonsense in (b'-\n', b'-1\n', b'-x y\n', b'--1 y\n', b'-1 \xff\n',
-                         b'-1 \x1b[1m\n', b'-1 %s\n' % (b'y' * 81),
-                         b'-%s y\n' % (b'9' * 19), b'-\xc2\xb2 y\n',
-                         b'-%s y\n' % (b'9' * 5000)):
+        for nonsense in in_turn(self, (
+                b'-\n', b'-1\n', b'-x y\n', b'--1 y\n', b'-1 \xff\n',
+                b'-1 \x1b[1m\n', b'-1 %s\n' % (b'y' * 81),
+                b'-%s y\n' % (b'9' * 19), b'-\xc2\xb2 y\n',
+                b'-%s y\n' % (b'9' * 5000))):
             chunks = []
             error = self.assertRaises(
                 ValueError, chunks.extend,
@@ -5307,17 +5310,14 @@ class RelayWordsTest(RelayCase):
         self.addCleanup(file.close)
         hello = unix_notifier._HELLO
         good = hello + b' [1, 2, 3]\n'
+        words = [hello + b' %s\n' % each for each in (
+            b'[1, 2', b'[1, 2]', b'[1, "2", 3]', b'{}', b'[' * 4000)]
         before = None
-        for data, passed in (
+        for data, passed in in_turn(self, (
                 (b'x' * 5000, [relay] * 9),     # which is what is told
-                (hello, [relay, event]), (good, []), (good, [relay]),
-                (good, [file, event]), (good, [file, file]),
-                (hello + b' [1, 2\n', [relay, event]),
-                (hello + b' [1, 2]\n', [relay, event]),
-                (hello + b' [1, "2", 3]\n', [relay, event]),
-                (hello + b' {}\n', [relay, event]),
-                (hello + b' ' + b'[' * 4000 + b'\n', [relay, event]),
-                (good[:9], [relay, event])):
+                (good, []), (good, [relay]), (good, [file, event]),
+                (good, [file, file]), *((each, [relay, event]) for each in (
+                    hello, *words, good[:9])))):
             follower.look_again()
             follower.retry_at += WAIT   # not while we look what it has open
             with relay.accept()[0] as leader:
@@ -5391,8 +5391,24 @@ class ConsumerTestCase(base.BaseTestCase):
         self.addCleanup(thread.join, WAIT)
         return thread
 
+    def flood(self, service, rubbish):
+        """Have it send that without end."""
+        def send():
+            with contextlib.suppress(OSError):
+                while True:
+                    service.sendall(rubbish)
+
+        self.in_thread(send)
+
     def logged(self, text):
         return self.log.output.count(text)
+
+    def assertPrintable(self, count, limit):
+        """So many lines are in the log, none longer."""
+        lines = self.log.output.splitlines()
+        self.assertEqual(count, len(lines))
+        for each in lines:
+            self.assertTrue(each.isprintable() and len(each) < limit, each)
 
     def patch(self, name, value):
         self.useFixture(fixtures.MonkeyPatch(
@@ -5672,13 +5688,7 @@ class SubscribeTest(ConsumerTestCase):
     def test_take_gives_up_in_time_whatever_comes(self):
         for rubbish in in_turn(self, (b'[]\n' * 10000, b'x' * 30000)):
             stream, service = self.connected()
-
-            def flood(service=service, rubbish=rubbish):
-                with contextlib.suppress(OSError):
-                    while True:
-                        service.sendall(rubbish)
-
-            self.in_thread(flood)
+            self.flood(service, rubbish)
             begin = time.monotonic()
             self.assertIsNone(stream.take(begin + 0.1))
             self.assertLess(time.monotonic() - begin, PROMPT)
@@ -5726,10 +5736,7 @@ class SubscribeTest(ConsumerTestCase):
                 next(stream)
         service.sendall(b'\x1b[2J' * 9999 + b'\n' + line(1))
         next(stream)
-        lines = self.log.output.splitlines()
-        self.assertEqual(4, len(lines))
-        for each in lines:
-            self.assertTrue(each.isprintable() and len(each) < 500, each)
+        self.assertPrintable(4, 500)
 
     def test_records_that_cannot_be_true_are_not_counted(self):
         stream, service = self.connected()
@@ -5981,10 +5988,7 @@ class ListenerTest(ConsumerTestCase):
         listener.poll()
         for text in 'no priority', 'stuck: a':
             self.assertEqual(1, self.logged(text))
-        lines = self.log.output.splitlines()
-        self.assertEqual(3, len(lines))
-        for each in lines:
-            self.assertTrue(each.isprintable() and len(each) < 1000, each)
+        self.assertPrintable(3, 1000)
 
     def test_what_is_never_settled_is_named(self):
         self.patch('_STUCK_FIRST', 0.2)
@@ -6086,13 +6090,7 @@ class ListenerTest(ConsumerTestCase):
 
     def test_poll_gives_up_in_time_whatever_comes(self):
         listener = self.listener()
-
-        def flood():
-            with contextlib.suppress(OSError):
-                while True:
-                    self.service.sendall(b'{}\n' * 10000)
-
-        self.in_thread(flood)
+        self.flood(self.service, b'{}\n' * 10000)
         begin = time.monotonic()
         self.assertEqual([], listener.poll(timeout=0.1))
         self.assertLess(time.monotonic() - begin, PROMPT)

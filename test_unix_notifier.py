@@ -4263,7 +4263,8 @@ class RelayStartTest(RelayCase):
         """Both loops in threads, which are switched as often as possible."""
         leader = self.make_newcomer(stepped=False)
         leader.start()
-        self.await_service()
+        # It does not sleep before it knows that nobody waits.
+        wait_until(lambda: leader.served and not leader.gate_open)
         follower = self.make_newcomer(stepped=False)
         follower.start()
         wait_until(lambda: follower.follows)
@@ -4845,12 +4846,6 @@ class RelayPathTest(RelayCase):
         leader.lock.write(vacated=True)
         leader.die()
 
-    def test_who_leads_knows_at_once_that_nobody_is_there(self):
-        """It does not sleep before, with the gate open for who waits."""
-        hub = self.make_newcomer(stepped=False)
-        hub.start()
-        wait_until(lambda: hub.served and not hub.gate_open)
-
     def test_who_has_taken_over_keeps_nothing_for_who_might_have_waited(self):
         leader, follower, _ = self.make_three()
         leader.die()
@@ -4869,17 +4864,6 @@ class RelayPathTest(RelayCase):
                 connect()
             register.assert_called()
             self.assertIs(leader, self.settle(leader, follower, other))
-
-    def test_relay_that_may_not_be_connected_to_is_no_stranger(self):
-        lock = unix_notifier._Lock(self.path + '.lock')
-        self.addCleanup(lock.close)
-        lock.acquire()
-        follower = self.make_newcomer()
-        with mock.patch('socket.socket.connect', autospec=True,
-                        side_effect=PermissionError(errno.EPERM, 'no')):
-            follower.look_again(9)
-        self.assertLogged('relay refused', 0)
-        self.assertLogged('held; its last owner')
 
     def remove_all(self):
         for name in os.listdir(self.dir):
@@ -5270,6 +5254,15 @@ class RelayWordsTest(RelayCase):
             self.assertTrue(str(error).isprintable())
             self.assertLess(len(str(error)), 500)
 
+    def test_relay_that_may_not_be_connected_to_is_no_stranger(self):
+        self.pose_as_leader()
+        follower = self.make_newcomer()
+        with mock.patch('socket.socket.connect', autospec=True,
+                        side_effect=PermissionError(errno.EPERM, 'no')):
+            follower.look_again(9)
+        self.assertLogged('relay refused', 0)
+        self.assertLogged('held; its last owner')
+
     def test_leader_that_accepts_nobody_is_not_waited_for(self):
         relay = self.pose_as_leader(backlog=0)
         self.call_relay()
@@ -5348,17 +5341,12 @@ class RelayWordsTest(RelayCase):
 # CONSUMERS: whoever reads the socket
 # ---------------------------------------------------------------------------
 
-class ConsumerTestCase(base.BaseTestCase):
+class ConsumerTestCase(TestCase):
 
-    """Gives each test a path, and a service there that it plays itself."""
-
-    DEFAULT_TIMEOUT = 60
+    """Gives each test a service at the path, which it plays itself."""
 
     def setUp(self):
         super().setUp()
-        self.directory = self.useFixture(fixtures.TempDir()).path
-        self.path = os.path.join(self.directory, 's')
-        self.log = self.useFixture(fixtures.FakeLogger(level=logging.INFO))
         self.addCleanup(unix_notifier._warn_once.cache_clear)
 
     def serve(self):
@@ -5400,19 +5388,12 @@ class ConsumerTestCase(base.BaseTestCase):
 
         self.in_thread(send)
 
-    def logged(self, text):
-        return self.log.output.count(text)
-
     def assertPrintable(self, count, limit):
         """So many lines are in the log, none longer."""
         lines = self.log.output.splitlines()
         self.assertEqual(count, len(lines))
         for each in lines:
             self.assertTrue(each.isprintable() and len(each) < limit, each)
-
-    def patch(self, name, value):
-        self.useFixture(fixtures.MonkeyPatch(
-            unix_notifier.__name__ + '.' + name, value))
 
 
 class LineBufferTest(base.BaseTestCase):
@@ -5458,7 +5439,7 @@ class SubscribeTest(ConsumerTestCase):
 
     def test_it_is_connected_when_it_returns(self):
         """By a URI, too, and to a path as long as a socket's may be."""
-        long = self.directory + '/' + 'x' * (106 - len(self.directory))
+        long = self.dir + '/' + 'x' * (106 - len(self.dir))
         for scheme, self.path in in_turn(self, (
                 ('', self.path), ('unix://', self.path), ('', long))):
             self.serve()
@@ -5525,7 +5506,7 @@ class SubscribeTest(ConsumerTestCase):
         # Or the thread would not end.
         self.addCleanup(lambda: listener.accept()[0].close())
         self.assertEqual(1, len(streams))
-        self.assertEqual(1, self.logged('waiting for it: Resource'))
+        self.assertLogged('waiting for it: Resource')
 
     def test_nobody_there_raises_if_asked_to(self):
         error = self.assertRaises(FileNotFoundError, unix_notifier.subscribe,
@@ -5543,8 +5524,8 @@ class SubscribeTest(ConsumerTestCase):
 
         self.in_thread(serve)
         self.assertEqual(numbered(1), next(stream))
-        self.assertEqual(1, self.logged('waiting for it: No such file'))
-        self.assertEqual(1, self.logged('connected'))
+        self.assertLogged('waiting for it: No such file')
+        self.assertLogged('connected')
         self.assertLess(len(open_files() - before), 6)
 
     def test_it_comes_back(self):
@@ -5654,8 +5635,8 @@ class SubscribeTest(ConsumerTestCase):
             service = self.reconnect(stream)
             delays.append(stream._retry.delay)
         self.assertEqual([0.01, 0.02, 0.04, 0.08, 0.16], delays)
-        self.assertEqual(1, self.logged('refused: full'))
-        self.assertEqual(1, self.logged('disconnected'))
+        self.assertLogged('refused: full')
+        self.assertLogged('disconnected')
         service.sendall(line(1))
         seconds = self.assertInterrupted(next(stream), 'refused: full')
         self.assertGreaterEqual(
@@ -5683,7 +5664,7 @@ class SubscribeTest(ConsumerTestCase):
             self.assertEqual({'lost': 1, 'reason':
                               'it took more than 1000 bytes'},
                              each['payload'])
-        self.assertEqual(1, self.logged('1 notifications were lost'))
+        self.assertLogged('1 notifications were lost')
 
     def test_take_gives_up_in_time_whatever_comes(self):
         for rubbish in in_turn(self, (b'[]\n' * 10000, b'x' * 30000)):
@@ -5713,18 +5694,18 @@ class SubscribeTest(ConsumerTestCase):
                         + b'{"a":\r1}\r\n{"b": [NaN, -Infinity]}\n')
         self.assertEqual([{'a': 1}, {'b': [None, None]}],
                          [next(stream), next(stream)])
-        self.assertEqual(1, self.logged('not a JSON object'))
+        self.assertLogged('not a JSON object')
 
     def test_losses_are_logged_with_their_sum_once_a_second(self):
         stream, service = self.connected()
         for number in range(3):
             service.sendall(unix_notifier._lost_record(5, 'why'))
             self.assertEqual(5, next(stream)['payload']['lost'])
-        self.assertEqual(1, self.logged('5 notifications were lost'))
+        self.assertLogged('5 notifications were lost')
         stream.log._lost_told -= 2
         service.sendall(unix_notifier._lost_record(5, 'why'))
         next(stream)
-        self.assertEqual(1, self.logged('20 notifications were lost'))
+        self.assertLogged('20 notifications were lost')
 
     def test_what_others_say_does_no_harm_in_the_log(self):
         stream, service = self.connected()
@@ -5747,8 +5728,8 @@ class SubscribeTest(ConsumerTestCase):
             service.sendall(unix_notifier._encode(
                 {'event_type': 'notifications.lost', 'payload': payload}))
             self.assertEqual(payload, next(stream)['payload'])
-        self.assertEqual(3, self.logged(' 5 notifications were lost'))
-        self.assertEqual(10, self.logged(' 0 notifications were lost'))
+        self.assertLogged(' 5 notifications were lost', 3)
+        self.assertLogged(' 0 notifications were lost', 10)
 
     def test_leaving_the_loop_closes_the_socket(self):
         self.serve()
@@ -5967,13 +5948,13 @@ class ListenerTest(ConsumerTestCase):
         self.send(0)
         for _ in range(10):
             listener.poll()[0].requeue()
-        self.assertEqual(1, self.logged('stuck: x x, requeued 3 times in'))
-        self.assertEqual(1, self.logged('stuck'))
+        self.assertLogged('stuck: x x, requeued 3 times in')
+        self.assertLogged('stuck')
         listener._tell_at = 0
         listener.poll()[0].acknowledge()
-        self.assertEqual(1, self.logged('stuck: x x, requeued 10 times in'))
+        self.assertLogged('stuck: x x, requeued 10 times in')
         listener.poll(timeout=0.01)
-        self.assertEqual(2, self.logged('stuck'))
+        self.assertLogged('stuck', 2)
 
     def test_what_others_say_does_no_harm_in_the_log(self):
         self.patch('_REQUEUE_FIRST', 0.001)
@@ -5987,7 +5968,7 @@ class ListenerTest(ConsumerTestCase):
             listener.poll()[0].requeue()
         listener.poll()
         for text in 'no priority', 'stuck: a':
-            self.assertEqual(1, self.logged(text))
+            self.assertLogged(text)
         self.assertPrintable(3, 1000)
 
     def test_what_is_never_settled_is_named(self):
@@ -5997,12 +5978,13 @@ class ListenerTest(ConsumerTestCase):
         for _ in range(100):
             listener.poll()
         self.assertEqual([], listener.poll(timeout=0.05))
-        self.assertEqual(0, self.logged('stuck'))
+        self.assertLogged('stuck', 0)
         begin = time.thread_time()
         self.assertEqual([], listener.poll(timeout=0.3))
         self.assertLess(time.thread_time() - begin, 0.1)
-        self.assertEqual(1, self.logged(
-            'stuck: x x, requeued 0 times in 0 s; 100 handed out'))
+        # A second time, too, if a busy machine has had it wait for longer.
+        self.assertIn(self.log.output.count(
+            'stuck: x x, requeued 0 times in 0 s; 100 handed out'), (1, 2))
 
     def test_stop_ends_poll_which_gives_what_it_holds(self):
         for _ in range(100):        # before, in, or after the wait
@@ -6031,8 +6013,8 @@ class ListenerTest(ConsumerTestCase):
         self.assertPolled([3], listener)
         self.assertPolled([4], listener)
         self.assertPolled([], listener)
-        self.assertEqual(1, self.logged('what was requeued (2) is dropped'))
-        self.assertEqual(1, self.logged('requeued'))
+        self.assertLogged('what was requeued (2) is dropped')
+        self.assertLogged('requeued')
 
     def test_loss_is_a_message_and_refusal_is_not(self):
         """Nor is what no dispatcher takes."""
@@ -6044,8 +6026,8 @@ class ListenerTest(ConsumerTestCase):
         self.assertEqual({'lost': 3, 'reason': 'why'},
                          listener.poll()[0].message['payload'])
         self.assertPolled([1], listener)
-        self.assertEqual(1, self.logged('refused: full'))
-        self.assertEqual(1, self.logged('no priority'))
+        self.assertLogged('refused: full')
+        self.assertLogged('no priority')
 
     def test_interruption_is_a_message(self):
         listener = self.listener(10)
@@ -6102,7 +6084,7 @@ class ListenerTest(ConsumerTestCase):
         with mock.patch.object(listener._subscription, 'take', autospec=True,
                                side_effect=MemoryError):
             self.assertEqual([], listener.poll())
-        self.assertEqual(1, self.logged('MemoryError'))
+        self.assertLogged('MemoryError')
 
     def test_what_is_of_its_topics_is_given_once(self):
         sent = (None, ['a'], ['b'], ['a', 'b'], [], ['notifications'], ['*'],
@@ -6144,13 +6126,13 @@ class ListenerTest(ConsumerTestCase):
         self.service.sendall(unix_notifier._lost_record(1, 'why'))
         self.assertEqual([True] + [False] * 4,
                          [matches() for _ in range(5)])
-        self.assertEqual(0, self.logged('the request context'))
+        self.assertLogged('the request context', 0)
         for number, rest in enumerate((b'}\n', b', "context": "tenant"}\n')):
             unix_notifier._warn_once.cache_clear()
             self.service.sendall(2 * (line(0)[:-2] + rest))
             self.assertEqual([False] * 2, [matches(), matches()])
-            self.assertEqual(number + 1, self.logged('the request context'))
-        self.assertEqual(2, self.logged('tenant'))
+            self.assertLogged('the request context', number + 1)
+        self.assertLogged('tenant', 2)
 
 
 class TransportTest(ConsumerTestCase):
@@ -6200,8 +6182,8 @@ class TransportTest(ConsumerTestCase):
         for _ in range(2):
             driver.send_notification(None, {}, {}, 2.0, 0)
             driver.listen_for_notifications([], 'pool', 1, None).cleanup()
-        self.assertEqual(1, self.logged('use driver = unix'))
-        self.assertEqual(1, self.logged('of a pool'))
+        self.assertLogged('use driver = unix')
+        self.assertLogged('of a pool')
 
     def test_targets_name_the_topics(self):
         driver = self.driver('unix://' + self.path)

@@ -5446,18 +5446,7 @@ class SubscribeTest(ConsumerTestCase):
             with unix_notifier.subscribe(scheme + self.path) as stream:
                 self.connection().sendall(line(1))
                 self.assertEqual(numbered(1), next(stream))
-
-    def test_messages_come_in_order_however_they_are_cut(self):
-        stream, service = self.connected()
-        data = b''.join(line(number, 100) for number in range(50))
-
-        def send():
-            for low in range(0, len(data), 77):
-                service.sendall(data[low:low + 77])
-
-        self.in_thread(send)
-        self.assertEqual(50, account(itertools.islice(stream, 50)))
-        self.assertEqual(line(49, 100), stream.line + b'\n')
+                self.assertEqual(line(1), stream.line + b'\n')
 
     def test_end_of_stream_ends_it_if_asked_to(self):
         stream, service = self.connected(reconnect=False)
@@ -5528,29 +5517,13 @@ class SubscribeTest(ConsumerTestCase):
         self.assertLogged('connected')
         self.assertLess(len(open_files() - before), 6)
 
-    def test_it_comes_back(self):
-        self.serve()
-        stream = self.subscribe()
-
-        def serve():
-            for number in range(5):
-                service = self.connection()
-                service.sendall(line(number) + line(99)[:20])
-                service.close()
-
-        self.in_thread(serve)
-        messages = list(itertools.islice(stream, 9))
-        self.assertEqual(5, account(messages[::2]))
-        self.assertEqual({'notifications.interrupted'},
-                         {each['event_type'] for each in messages[1::2]})
-
     def come_back(self, *lines):
         """A subscription whose stream ended, and the next, which gives these.
 
         :returns: the subscription, and the service's end of it
         """
         stream, service = self.connected()
-        service.sendall(line(0))
+        service.sendall(line(0) + line(99)[:20])
         service.close()
         self.assertEqual(numbered(0), next(stream))
         return stream, self.reconnect(stream, *lines)
@@ -5667,13 +5640,12 @@ class SubscribeTest(ConsumerTestCase):
         self.assertLogged('1 notifications were lost')
 
     def test_take_gives_up_in_time_whatever_comes(self):
-        for rubbish in in_turn(self, (b'[]\n' * 10000, b'x' * 30000)):
-            stream, service = self.connected()
-            self.flood(service, rubbish)
-            begin = time.monotonic()
-            self.assertIsNone(stream.take(begin + 0.1))
-            self.assertLess(time.monotonic() - begin, PROMPT)
-            stream.close()
+        stream, service = self.connected()
+        self.flood(service, b'[]\n' * 10000)
+        begin = time.monotonic()
+        self.assertIsNone(stream.take(begin + 0.1))
+        self.assertLess(time.monotonic() - begin, PROMPT)
+        stream.close()
 
     def test_take_gives_up_in_time_though_a_line_has_no_end(self):
         stream, service = self.connected()
@@ -5734,16 +5706,12 @@ class SubscribeTest(ConsumerTestCase):
     def test_leaving_the_loop_closes_the_socket(self):
         self.serve()
         before = open_files()
-
-        def leave():
-            for each in unix_notifier.subscribe(self.path):
-                return each
-
-        for index in range(3):
-            thread = self.in_thread(leave)
+        for _ in range(3):
+            streams = [unix_notifier.subscribe(self.path)]
             service = self.connection()
-            service.sendall(line(index))
-            thread.join(WAIT)
+            service.sendall(line(0))
+            for each in streams.pop():
+                break
             self.assertEqual(b'', service.recv(1))
             service.close()
         self.assertEqual(before, open_files())
@@ -5866,14 +5834,6 @@ class ListenerTest(ConsumerTestCase):
             incoming.requeue()
             delays.append(incoming.delay)
         self.assertEqual([1, 2, 4, 8, 16, 30, 30], delays)
-
-    def test_requeued_messages_make_room_for_others(self):
-        listener = self.listener()
-        self.send(*range(250))
-        for number in range(250):
-            incoming, = listener.poll()
-            self.assertEqual([number], self.numbers([incoming]))
-            incoming.requeue()
 
     def test_requeued_message_returns_in_a_batch_of_its_own(self):
         """Else it has the others of its batch fail with it for ever."""

@@ -5746,11 +5746,13 @@ class SubscribeTest(ConsumerTestCase):
 
 class ListenerTest(ConsumerTestCase):
 
-    def listener(self, batch_size=1, topics=None):
+    def listener(self, *numbers, batch_size=1, topics=None):
+        """One to which the service, self.service, has sent these."""
         self.serve()
         listener = unix_notifier._Listener(self.path, batch_size, topics)
         self.addCleanup(listener.cleanup)
         self.service = self.connection()
+        self.send(*numbers)
         return listener
 
     def send(self, *numbers):
@@ -5765,14 +5767,12 @@ class ListenerTest(ConsumerTestCase):
                          self.numbers(listener.poll(**kwargs)))
 
     def test_poll_returns_at_most_batch_size(self):
-        listener = self.listener()
-        self.send(*range(5))
+        listener = self.listener(*range(5))
         self.assertPolled([0], listener)
         self.assertPolled([1, 2, 3], listener, batch_size=3)
         incoming, = listener.poll()
         self.assertEqual(('x', {}), (incoming.msg_id, incoming.ctxt))
-        listener = self.listener(200)
-        self.send(*range(300))
+        listener = self.listener(*range(300), batch_size=200)
         self.assertPolled(range(200), listener, batch_size=200)
 
     def test_poll_gives_up_in_time(self):
@@ -5785,7 +5785,7 @@ class ListenerTest(ConsumerTestCase):
         self.assertPolled([2], listener, batch_size=2, batch_timeout=0.01)
 
     def test_without_batch_size_it_is_what_has_come(self):
-        listener = self.listener(None)
+        listener = self.listener(batch_size=None)
         threading.Timer(0.05, self.send, (0,)).start()
         incoming, = listener.poll(batch_size=None)  # it waits for one
         self.assertEqual([0], self.numbers([incoming]))
@@ -5794,8 +5794,7 @@ class ListenerTest(ConsumerTestCase):
         self.assertPolled(range(100), listener, batch_size=None)
 
     def test_reading_stops_until_messages_are_acknowledged(self):
-        listener = self.listener()
-        self.send(*range(150))
+        listener = self.listener(*range(150))
         out = [listener.poll()[0] for _ in range(100)]
         begin = time.thread_time()
         self.assertPolled([], listener, timeout=0.2)
@@ -5812,8 +5811,7 @@ class ListenerTest(ConsumerTestCase):
 
     def test_requeued_message_returns_and_nothing_waits_for_it(self):
         self.patch('_REQUEUE_FIRST', 0.1)
-        listener = self.listener()
-        self.send(0, 1, 2)
+        listener = self.listener(0, 1, 2)
         first = listener.poll()[0]
         begin = time.monotonic()
         first.requeue()
@@ -5826,8 +5824,7 @@ class ListenerTest(ConsumerTestCase):
         self.assertEqual([first], listener.poll(timeout=WAIT))
 
     def test_delay_doubles_up_to_its_limit(self):
-        listener = self.listener()
-        self.send(0)
+        listener = self.listener(0)
         incoming, = listener.poll()
         delays = []
         for _ in range(7):
@@ -5838,8 +5835,7 @@ class ListenerTest(ConsumerTestCase):
     def test_requeued_message_returns_in_a_batch_of_its_own(self):
         """Else it has the others of its batch fail with it for ever."""
         self.patch('_REQUEUE_FIRST', 0.01)
-        listener = self.listener(10)
-        self.send(0, 1)
+        listener = self.listener(0, 1, batch_size=10)
         for each in listener.poll(batch_size=10, batch_timeout=0.01):
             each.requeue()
         time.sleep(0.02)
@@ -5858,8 +5854,7 @@ class ListenerTest(ConsumerTestCase):
 
     def test_what_is_handed_out_is_bounded_in_bytes_too(self):
         self.patch('_HELD_MAX', 10 * 1024)
-        listener = self.listener(20)
-        self.send(*range(20))
+        listener = self.listener(*range(20), batch_size=20)
         batch = listener.poll(batch_size=20)
         self.assertEqual(list(range(10)), self.numbers(batch))
         self.assertPolled([], listener, timeout=0.01)
@@ -5872,8 +5867,7 @@ class ListenerTest(ConsumerTestCase):
         self.patch('_REQUEUE_FIRST', 0.001)
         self.patch('_REQUEUE_MAX', 0.02)
         self.patch('_CHECK_INTERVAL', 0.01)
-        listener = self.listener()
-        self.send(*range(500))
+        listener = self.listener(*range(500))
         number = 0
         while number != 499:
             incoming, = listener.poll(timeout=WAIT)
@@ -5904,8 +5898,7 @@ class ListenerTest(ConsumerTestCase):
     def test_what_is_requeued_again_and_again_is_named(self):
         self.patch('_REQUEUE_FIRST', 0.001)
         self.patch('_REQUEUE_MAX', 0.001)
-        listener = self.listener()
-        self.send(0)
+        listener = self.listener(0)
         for _ in range(10):
             listener.poll()[0].requeue()
         self.assertLogged('stuck: x x, requeued 3 times in')
@@ -5933,8 +5926,7 @@ class ListenerTest(ConsumerTestCase):
 
     def test_what_is_never_settled_is_named(self):
         self.patch('_STUCK_FIRST', 0.2)
-        listener = self.listener()
-        self.send(*range(101))
+        listener = self.listener(*range(101))
         for _ in range(100):
             listener.poll()
         self.assertEqual([], listener.poll(timeout=0.05))
@@ -5948,8 +5940,7 @@ class ListenerTest(ConsumerTestCase):
 
     def test_stop_ends_poll_which_gives_what_it_holds(self):
         for _ in range(100):        # before, in, or after the wait
-            listener = self.listener(10)
-            self.send(0, 1)
+            listener = self.listener(0, 1, batch_size=10)
             batches = []
             thread = self.in_thread(lambda: batches.extend(
                 listener.poll(batch_size=10) for _ in range(2)))
@@ -5962,8 +5953,7 @@ class ListenerTest(ConsumerTestCase):
 
     def test_after_stop_it_hands_out_what_had_come(self):
         """But drops what was requeued, and says so, once."""
-        listener = self.listener()
-        self.send(*range(5))
+        listener = self.listener(*range(5))
         out = [listener.poll()[0] for _ in range(3)]
         out[0].requeue()
         out[1].requeue()
@@ -5990,7 +5980,7 @@ class ListenerTest(ConsumerTestCase):
         self.assertLogged('no priority')
 
     def test_interruption_is_a_message(self):
-        listener = self.listener(10)
+        listener = self.listener(batch_size=10)
 
         def serve():
             for number in range(3):
@@ -6010,8 +6000,7 @@ class ListenerTest(ConsumerTestCase):
 
     def test_who_reads_no_more_for_now_hears_of_no_interruption(self):
         self.patch('_Backoff.MAX', 0.01)
-        listener = self.listener()
-        self.send(*range(100))
+        listener = self.listener(*range(100))
         out = [listener.poll()[0] for _ in range(100)]
         self.service.close()
         begin = time.thread_time()
@@ -6053,7 +6042,7 @@ class ListenerTest(ConsumerTestCase):
                 ({'notifications'}, [0, 5, 7]), ({'a'}, [1, 3]),
                 ({'a', 'b', 'c'}, [1, 2, 3, 9]), ({'c'}, []), (set(), []),
                 (None, [*range(10)]))):
-            listener = self.listener(20, asked)
+            listener = self.listener(batch_size=20, topics=asked)
             self.service.sendall(b''.join(unix_notifier._encode(
                 numbered(number), topics=topics)
                 for number, topics in enumerate(sent)))
@@ -6065,8 +6054,8 @@ class ListenerTest(ConsumerTestCase):
                              record.message['payload'])
 
     def test_what_is_of_others_topics_takes_nothing(self):
-        listener = self.listener(topics={'a'})
-        self.send(*range(150))      # more than may be unsettled
+        # More than may be unsettled.
+        listener = self.listener(*range(150), topics={'a'})
         self.service.sendall(unix_notifier._encode(numbered(1), topics=['a']))
         self.assertPolled([1], listener, timeout=WAIT)
         self.assertEqual(1, len(listener._unsettled))

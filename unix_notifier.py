@@ -589,8 +589,7 @@ def register_opts(conf):
     An option that is already registered under the name is used as it is: a
     vendored copy of this module may differ in the help text.
 
-    :param conf: where to register
-    :type conf: oslo_config.cfg.ConfigOpts
+    :param oslo_config.cfg.ConfigOpts conf: where to register
     """
     for opt in _OPTS:
         # No log: notify() may be what called, see _late_hub().
@@ -2910,11 +2909,9 @@ class UnixDriver(notifier.Driver):
         are, nothing happens until the first notification, which takes the
         options from the global ``cfg.CONF``.
 
-        :param conf: configuration options
-        :type conf: oslo_config.cfg.ConfigOpts
-        :param topics: of the Notifier; sent where they are not the default,
-                       for listeners to choose by: every subscriber gets all
-        :type topics: list of str
+        :param oslo_config.cfg.ConfigOpts conf: configuration options
+        :param list topics: of the Notifier, str; sent where they are not the
+            default, for listeners to choose by: every subscriber gets all
         :param transport: not used
         :raises: ValueError, naming the option, the value and the limit
         """
@@ -2959,8 +2956,7 @@ class UnixDriver(notifier.Driver):
 
         :param ctxt: the request context, sent if sock_send_context says so,
                      and then in part: see _CONTEXT_KEYS
-        :param message: the notification; serialized before this returns
-        :type message: dict
+        :param dict message: the notification; serialized before this returns
         :param priority: not used; the message has it
         :param retry: not used
         """
@@ -4374,39 +4370,31 @@ class _Subscription(contextlib.AbstractContextManager, abc.Iterator):
 def subscribe(path, *, reconnect=True, max_line=_READ_MAX):
     """Follow a socket: an iterator of notifications.
 
-    When this returns it is connected, if the service is there, and whatever
-    is published from then on will be seen. It waits for a service that is
-    not there, and for one that has gone, trying again after 10 ms, doubling
-    to 1 s. What is published in between is not seen, nor counted: when it
-    has come back, a record comes first, ``notifications.interrupted``, like
-    any notification, whose payload is ``{'seconds': number, 'reason':
-    text}``. What was published in so many seconds before it came back may be
-    missing: since it last waited in vain for more, or for the end. A
-    subscriber that does not keep up loses the oldest, and gets a record of
-    it: ``notifications.lost``, with ``{'lost': number, 'reason': text}``. A
-    ``notifications.refused`` says why the service has closed the connection.
-    Lines that are no JSON objects are dropped, and logged once; of one that
-    is too long there is a record, too.
+    When this returns it is connected, if the service is there, and sees all
+    that is published from then on. It waits for a service that is not there,
+    or has gone, trying again after 10 ms, doubling to 1 s. Then what comes
+    next follows a record, ``notifications.interrupted``, with the payload
+    ``{'seconds': number, 'reason': text}``: what was published in so many
+    seconds before it came back may be missing. Who does not keep up loses
+    the oldest, and gets ``notifications.lost``, with ``{'lost': number,
+    'reason': text}``, as for a line that is too long. The service says why
+    it ends a connection by ``notifications.refused``. What is no JSON object
+    is dropped, and logged once.
 
-    Leaving the loop closes the socket; so do ``close()``, from any thread or
-    a signal's handler, and the end of a ``with`` block. A forked child may
-    close its copy, and no more.
+    Leaving the loop closes the socket, as do ``close()``, by any thread or a
+    signal's handler, and ``with``. A forked child may only close its copy.
 
-    :param path: absolute path of the socket, or a ``unix://`` URI of it
-    :type path: str
-    :param reconnect: whether to wait for the service and to come back; else
-                      the iterator ends with the stream
-    :type reconnect: bool
-    :param max_line: bytes of a notification, which in memory may take thirty
-                     times that; 4 MiB unless given, and 64 MiB at most
-    :type max_line: int
-    :returns: an iterator, and context manager, of dicts: ``message_id``,
-              ``publisher_id``, ``event_type``, ``priority``, ``timestamp``
-              (all str) and ``payload`` (whatever was emitted); ``context``
-              (dict), if the service has set ``sock_send_context``;
-              ``topics`` (list of str), if they are not the default
+    :param str path: absolute path of the socket, or a ``unix://`` URI of it
+    :param bool reconnect: whether to wait for the service and to come back;
+        else the iterator ends with the stream
+    :param int max_line: bytes of a notification, which in memory may take
+        thirty times that; 4 MiB unless given, and 64 MiB at most
+    :returns: an iterator, and context manager, of dicts: ``payload`` (as
+        emitted); ``message_id``, ``publisher_id``, ``event_type``,
+        ``priority``, ``timestamp`` (str); ``context`` (dict), if the service
+        has set ``sock_send_context``; ``topics`` (list), unless the default
     :raises: ValueError, naming the path and what is wrong with it; OSError,
-             without ``reconnect``, if the service is not there
+        without ``reconnect``, if the service is not there
     """
     return _Subscription(path, reconnect, max_line)
 
@@ -4736,8 +4724,8 @@ class UnixTransportDriver(_base.BaseDriver):
                  allowed_remote_exmods=None):
         """Read the URL, and no more: services fork after this.
 
-        :param url: the absolute path of the socket, without host or query
-        :type url: oslo_messaging.TransportURL
+        :param oslo_messaging.TransportURL url: the absolute path of the
+            socket, without host or query
         :raises: InvalidTransportURL, naming the URL and what is wrong
         """
         super().__init__(conf, url, default_exchange, allowed_remote_exmods)

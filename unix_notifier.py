@@ -57,15 +57,15 @@ who has the turn   ``_Loop``, and all that it holds: ``_Log``, ``_Visits``,
 any reader         ``_Subscription``, ``_Listener``: a lock, or one thread
 =================  ========================================================
 
-The turn is held by the loop from its waking to its sleeping, by the exit
-handler once the loop has ended, and by ``notify()``, if nobody has it, for one
-line, or for all where a loop would starve. Outside it the loop's thread
-sleeps, looks at the path, and tells what is wrong; settings, pid, ``closing``
-and the time of the next try are for any to read. The inbox is where they meet:
-what both sides write there they write in one step. Without a GIL that is so by
-CPython's locks of deques, dicts and objects, of which its documentation
-promises the most: as of 3.14, which encodes no payload that another thread
-changes meanwhile.
+The turn is held by the loop from its waking to its sleeping; by the exit
+handler once the loop has ended; by ``notify()``, if nobody has it, for one
+line, or, where a loop would starve, for all the loop's work. Without the turn
+the loop's thread sleeps, looks at the path, and logs what is wrong; settings,
+pid, ``closing`` and the time of the next try are for any to read. The inbox is
+where both sides meet: what both write there they write in one step. Without a
+GIL that relies on CPython's locks of deques, dicts and objects, most of which
+its documentation promises: as of 3.14, the first to encode no payload while
+another thread changes it.
 """
 
 import _thread
@@ -136,45 +136,45 @@ LOG = logging.getLogger(__name__)
 _CONNECT_MAX = 107
 _PATH_MAX = 101
 
-# Bytes. Large sends are what keeps the loop ahead: each system call gives up
-# the GIL, which a busy publisher returns only after 5 ms. One chunk is what
-# the subscribers share and what one that lags can lose at once.
+# Bytes: of a chunk, the unit that subscribers share and one that lags loses;
+# and of a send. Large sends keep the loop ahead: each system call gives up the
+# GIL, which a busy publisher returns only after 5 ms.
 _CHUNK_MAX = 256 * 1024
 _SEND_MAX = 1024 * 1024
 
-# Bytes that are received at a time while little comes. To allocate 256 KiB
-# takes 12 us, for what takes 1.5 with 64.
+# Bytes to ask recv() for while little comes: to allocate 64 KiB takes 1.5 us,
+# 256 KiB 12 us.
 _RECV_MIN = 64 * 1024
 
-# Bytes a chunk costs beside its data: two objects, their cursors' counts.
+# Bytes a chunk costs beside its data: _Chunk, bytes object and two counts.
 _CHUNK_COST = 256
 
 # Bytes of a line; a notification that takes more is lost. Who reads lines,
 # a leader or a consumer, may take a longer one for nonsense.
 _LINE_MAX = 64 * 1024 * 1024
 
-# The queue is bounded by its length, which is exact without a lock because
-# a line occupies one entry for each KiB that it begins.
+# Bytes per entry of the queue: a line takes one for each KiB that it begins
+# (itself, then None), so the length, exact without a lock, bounds the bytes.
 _QUEUE_UNIT = 1024
 
 # Entries that are taken from the queue at a time.
 _BATCH = 256
 
-# Seconds. A publisher that is far ahead of the loop gives way so long at each
-# call, and the loop, which needs the GIL, catches up: of what one emits flat
-# out, ten readers lose 1 %, and 64 without that.
+# Seconds that a publisher far ahead of the loop sleeps at each call, for the
+# loop to get the GIL and catch up: of what one emits flat out, ten readers
+# lose 1 %, and without that 64 %.
 _GIVE_WAY = 50e-6
 
-# What accept() says when the process or the machine has run out.
+# errno of accept() if process or machine has no descriptor or buffer left.
 _STARVED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
-# Why we cannot lead, but another may: the lock is held, or not for us; or the
-# path is in use, by a leader, it may be, that has lost its lock.
+# errno: we cannot lead, but another may. The lock is held, or denied to us; or
+# the path is in use, perhaps by a leader that has lost its lock.
 _LED = (errno.EAGAIN, errno.EPERM, errno.EACCES, errno.EADDRINUSE)
 
-# Connections that the kernel holds for us between two turns: a hundred readers
-# may come back at once. While more than so many come within a second it is
-# told to hold fewer, for a turn has to accept all who wait before it sends.
+# The backlog of listen(): a hundred readers may come back between two turns.
+# While more than _CROWD come within a second it is _CROWD_BACKLOG, for a turn
+# has to accept all who wait before it sends.
 _BACKLOG = 128
 _CROWD = 256
 _CROWD_BACKLOG = 8
@@ -183,55 +183,55 @@ _CROWD_BACKLOG = 8
 _REST = 5e-3
 _REST_MAX = 15e-3
 
-# Seconds between lines on who comes and goes, or lags; as many as each names
-# in full.
+# Seconds between lines of log on who comes and goes, or lags; and the number
+# of events that such a line tells in full.
 _VISITS_INTERVAL = 1
 _VISITS_NAMED = 4
 
-# Bytes that a subscriber may send us, who only talk.
+# Bytes that a subscriber may send us, which are discarded; then it is cut off.
 _DISCARD_MAX = 64 * 1024
 
-# SO_PASSRIGHTS (Linux 6.16): whether a socket may be passed descriptors, else
-# the sender gets EPERM. One that was passed and not taken is closed by whoever
-# reads or closes the socket, and to close a connection that lingers takes as
-# long as its other end likes.
+# SO_PASSRIGHTS (Linux 6.16): at 0, who passes a descriptor to the socket gets
+# EPERM. Else one that was passed and not taken is closed as we read or close
+# the socket; if it is a socket that lingers, that takes us as long as its
+# other end likes.
 _PASSRIGHTS = 83
 
-# Seconds: how often, at most, a path in use is looked after; what is granted
-# at exit, and how much of it without any progress.
+# Seconds: the least between two looks at a path in use; the most for sending
+# at exit, and of that the most without any progress.
 _CHECK_INTERVAL = 1
 _EXIT_TIME = 1
 _EXIT_STALL = 0.1
 
-# Seconds: when what lasts is said again, for the log may have been opened, or
-# rotated, since: a trouble, then ever later; and who serves the path, then
-# daily.
+# Seconds until what lasts is logged again, as the log may have been opened, or
+# rotated, since: a trouble, after twice as long each time, up to _AGAIN_MAX;
+# and who serves the path, then daily.
 _AGAIN = 10
 _AGAIN_MAX = 60 * 60
 _DAY = 24 * 60 * 60
 
-# notify() itself sends so many lines in a row, and after that one in so many
-# seconds; what is beyond goes in batches, which cost less. To so many streams.
+# notify() itself sends some 32 lines in a row, then one each 0.5 ms, to
+# at most 16 streams; what is beyond goes to the loop, whose batches cost less.
 _HAND_OVER_TIME = 0.5e-3
 _HAND_OVER_AHEAD = 32 * _HAND_OVER_TIME
 _HAND_OVER_MAX = 16
 
-# Seconds: a send that takes longer has waited for the GIL; the turn's others
-# keep it then: without that, ten subscribers of a process with a thread that
-# never rests hear of a line after twice the time (p99 3.6). Bytes: a send of
-# more takes so long that another thread should have the GIL meanwhile.
+# Seconds: a send that takes longer had to wait for the GIL; the turn's later
+# sends then keep it. Without that, ten subscribers of a process with a thread
+# that never rests get a line after twice the time (p99: 3.6 times). Bytes: a
+# longer send would keep the GIL from other threads for too long.
 _GIL_LATE = 1e-3
 _SHORT = 16 * 1024
 
-# For calls into the kernel that are short and never wait. By way of PyDLL they
-# do not give up the GIL, which a busy thread returns only after 5 ms. Beside
-# one, select.poll() takes 250 us on average in notify(), this 1; and a loop
-# that is woken does not take the GIL from its waker, who would wait for 25 us.
+# For calls into the kernel that are short and never wait. Through PyDLL they
+# keep the GIL, which a busy thread returns only after 5 ms: beside one, a poll
+# in notify() takes 1 us, where select.poll() takes 250 on average; and a loop
+# that is woken cannot take the GIL from its waker, which cost that one 25 us.
 # Monkey patching, which removes select.poll(), does not reach it.
 _libc = ctypes.PyDLL(None)
 
-# A sigset_t: what no thread of ours takes. Not what a thread gets for what it
-# has done itself, which has to find its handler, such as faulthandler's.
+# A sigset_t: signals that our threads block. Not those that a thread raises by
+# its own fault: their handler, such as faulthandler's, has to run in it.
 _signals = ctypes.create_string_buffer(128)
 _libc.sigfillset(_signals)
 for _number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL,
@@ -242,11 +242,11 @@ for _number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL,
 def _start(thread):
     """Start a thread, which will take no signal, unless it is a green one.
 
-    A signal that the service has blocked, to wait for it, is given to any
-    thread that has not, and may end the process there. The thread inherits
-    its mask, for it could not set one before it has the GIL. In between, no
-    handler of a signal can run, and raise, at a place where ours would stay:
-    that takes the end of a call, or the start of a function in Python.
+    A signal that the service blocks, to wait for it, would be given to a
+    thread that does not, and may end the process there. The mask is inherited
+    since the thread could set one only once it has the GIL. No handler that
+    raises can leave our mask set here: handlers run at the end of a call, or
+    at the start of a function, and from there ``finally`` restores the mask.
     """
     if not isinstance(_thread.start_new_thread, types.BuiltinFunctionType):
         thread.start()      # others run in this very thread meanwhile
@@ -260,14 +260,14 @@ def _start(thread):
         _libc.pthread_sigmask(signal.SIG_SETMASK, mask, None)
 
 
-# Not an IntFlag each time, which takes 2 us.
+# An int: to combine the IntFlags at each send would take 2 us.
 _AT_ONCE = int(socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
 
 
 def _send_noted(filenos, data, sent):
-    """Send to each at once; ``sent`` gets what send() returned.
+    """Send to each, waiting for none; ``sent`` gets what send() returned.
 
-    What map() calls has left its result there, whatever is raised after it.
+    Each result is in the list before a signal's handler can raise.
     """
     sent.extend(map(_libc.send, filenos, itertools.repeat(data),
                     itertools.repeat(ctypes.c_size_t(len(data))),
@@ -278,22 +278,22 @@ def _send_short(sock, data):
     """``sock.send()``, without giving up the GIL."""
     sent = _libc.send(sock.fileno(), data, ctypes.c_size_t(len(data)),
                       socket.MSG_NOSIGNAL)
-    # Why it failed is told, or raised, by another try.
+    # It failed: a second try, by Python, tells or raises why.
     return sent if sent >= 0 else sock.send(data, socket.MSG_NOSIGNAL)
 
 
 # -- format: a message becomes one line -------------------------------------
 
-# Levels and containers of a message that are copied where the encoder cannot
-# go on, in a second at most; and items of one that may have no end. What is
-# cut counts for many: among three dozen dicts that hold one another there are
-# 10 ** 41 paths.
+# Limits of _plain(), which copies what the encoder cannot take, so that it
+# ends within a second: levels; containers, and items of what may have no end;
+# and for how many containers one that is cut counts: among three dozen dicts
+# that hold one another there are 10 ** 41 paths.
 _DEPTH_MAX = 100
 _ITEMS_MAX = 256 * 1024
 _CUT_COST = 256
 
-# Python 3.14 holds its own to the size of the stack alone: of a dict that is
-# 30 000 deep it takes 0.4 s, and no other thread runs meanwhile.
+# For repr(), which Python 3.14 bounds by the size of the stack alone: a dict
+# 30 000 deep takes it 0.4 s, and no other thread runs meanwhile.
 _REPR = reprlib.Repr()
 _REPR.maxlevel = 3
 _REPR.maxtuple = _REPR.maxlist = _REPR.maxdict = _REPR.maxset = 64
@@ -304,7 +304,7 @@ _REPR.maxstring = _REPR.maxlong = _REPR.maxother = 64 * 1024
 def _as_text(value):
     """The repr of what JSON cannot take, or a constant.
 
-    Of netaddr's classes, and those that are derived from them, the str.
+    For netaddr's classes and their subclasses the str, as jsonutils does.
     """
     try:
         if any(str(each.__module__).startswith('netaddr.')
@@ -316,7 +316,7 @@ def _as_text(value):
 
 
 def _taken(items):
-    """They, unless they are so many that there may be no end of them."""
+    """A list of the items; ValueError: they are many, or have no end."""
     taken = list(itertools.islice(items, _ITEMS_MAX))
     if len(taken) == _ITEMS_MAX:
         raise ValueError
@@ -326,8 +326,8 @@ def _taken(items):
 def _primitive(value):
     """One level of what ``jsonutils.dumps`` would print, else a text.
 
-    jsonutils would go on inside: it would empty an iterator, which is the
-    caller's, and not come back from one without an end.
+    jsonutils itself would recurse: drain an iterator, which is the caller's,
+    and never come back from one without an end.
     """
     try:
         if isinstance(value, Exception):
@@ -366,7 +366,7 @@ def _plain(value, above=(), left=None):
         left[0] -= _CUT_COST
         return '...'
     above += (id(value),)
-    # Not these: out of stack, it would leave nothing of them but a text.
+    # Containers as they are: out of stack, _primitive() would make them texts.
     if type(value) not in (dict, list, tuple):
         value = _primitive(value)
     if isinstance(value, dict):
@@ -387,8 +387,8 @@ def _has_gil():
     return getattr(sys, '_is_gil_enabled', lambda: True)()
 
 
-# Ids of the containers that are being encoded, by any thread. Two that encode
-# the same at once take it for a cycle, which costs them time, no more.
+# The encoder's check for cycles: ids of what is being encoded, by any thread.
+# Two that encode the same at once see a cycle, and fall back: it costs time.
 _markers = {}
 
 
@@ -409,8 +409,8 @@ def _make_encoder():
     if _has_gil():
         encode = make(_markers)
         return lambda value: ''.join(encode(value, 0))
-    # Each with markers of its own: to mark what nobody has marked takes two
-    # steps, and who fails clears the marks of all.
+    # Without a GIL none can be shared: to test and to mark are two steps, and
+    # who fails clears the marks of all.
     return lambda value: ''.join(make({})(value, 0))
 
 
@@ -424,11 +424,11 @@ _KEYS = ('message_id', 'publisher_id', 'event_type', 'priority', 'payload',
 # these.
 _TOPICS = ['notifications']
 
-# What goes out of a request context, where it is asked for: whose request it
-# is, and which. A list of what may, for services add to theirs what they like:
-# a service catalogue, the token by another name. By the names that readers
-# know from messagingv2; in oslo.context's dict user, project and domain are
-# ids, and the names, and user_id, are in its attributes alone.
+# What is sent of a request context, if sock_send_context is set: which request
+# it is, and whose. Only what is listed, for services add what they like: a
+# service catalogue, the token by another name. The keys are messagingv2's. In
+# oslo.context's dict user, project and domain are ids; user_id and the names
+# are attributes alone.
 _CONTEXT_KEYS = (
     'request_id', 'global_request_id', 'user_id', 'project_id', 'domain_id',
     'user_domain_id', 'project_domain_id', 'user_name', 'project_name',
@@ -437,8 +437,8 @@ _CONTEXT_KEYS = (
 _CONTEXT_OTHERS = ('user', 'tenant', 'project', 'domain', 'user_domain',
                    'project_domain', 'tenant_id', 'tenant_name')
 
-# What may be half of a surrogate pair, or only look like it; and, to tell, any
-# escape: one with a group is to stay.
+# _LONE finds what is half of a surrogate pair, or only looks so. _ESCAPE then
+# takes the line escape by escape, which tells: one with a group stays.
 _LONE = re.compile(rb'\\(?:ud(?:[89ab]..(?!\\ud[c-f])'
                    rb'|[c-f](?<!\\ud[89ab]..\\ud.))|\\ud[89a-f])')
 _ESCAPE = re.compile(rb'\\(?:(ud[89ab]..\\ud[c-f]..|[^u])|ud[89a-f]..)')
@@ -454,9 +454,9 @@ def _is_harmless(value):
 def _context(ctxt):
     """What is sent of a request context: a dict, empty if it has nothing.
 
-    A Notifier hands on what its serializer made of the context, by default
-    the object itself, without its tokens; and {} for a plain dict, or what
-    else it cannot rid of them.
+    A Notifier passes what its serializer made of the context: by default the
+    object itself without its tokens, or {} where it cannot remove them, as
+    from a plain dict.
     """
     try:
         values = ctxt
@@ -471,9 +471,9 @@ def _context(ctxt):
         return {}
 
 
-# As of Python 3.14 the encoder goes as deep as the stack lets it, and as it
-# fails adds a note to the error at each level that it leaves: of a dict that
-# is 30 000 deep it took 37 ms, while no other thread ran. marshal takes 1 us,
+# As of Python 3.14 the encoder goes as deep as the stack lets it and, as it
+# fails, adds a note to the error at each level: of a dict 30 000 deep it took
+# 37 ms, while no other thread ran. So marshal is asked first: it takes 1 us,
 # and refuses 2000 levels.
 _PROBES = sys.version_info >= (3, 14)
 
@@ -489,9 +489,9 @@ def _is_deep(message):
 def _encode(message, mask=False, ctxt=None, topics=None):
     """Serialize a notification to one line of ASCII, LF included.
 
-    It is valid JSON (RFC 8259) whatever the payload. All drivers share the
-    message, and messagingv2, if it comes first, adds the request context,
-    tokens included: see _KEYS.
+    It is valid JSON (RFC 8259) whatever the payload. Only _KEYS go out, for
+    all drivers share the message, and messagingv2, if it comes first, adds the
+    request context, tokens included.
 
     :param ctxt: the request context to send of; None for no key
     :param topics: what to send as that, a list; None for no key
@@ -507,13 +507,13 @@ def _encode(message, mask=False, ctxt=None, topics=None):
             raise RecursionError
         return _line(message, mask)
     except Exception:
-        _markers.clear()    # for it stopped in the middle
+        _markers.clear()    # an encoder that failed leaves its marks
         return _line(_plain(message), mask)
 
 
 def _line(message, mask):
     text = _dumps(message)
-    if mask:    # what was made of it: a network would be walked for ever
+    if mask:    # not message: of an IPNetwork it would walk every address
         text = _dumps(strutils.mask_dict_password(json.loads(text)))
     line = text.encode('ascii') + b'\n'
     if b'\\' in line and _LONE.search(line):    # jq would stop there for good
@@ -649,12 +649,12 @@ def _at_least(limit):
 
 def _read_settings(conf):
     """Read and check the options; a ValueError names one and its limit."""
-    group = conf[_GROUP]    # not below: what fails here is no fault of one
+    group = conf[_GROUP]    # outside read(): its failure is no option's
 
     def read(name, parse=lambda value: value):
         try:
             return parse(group[name])
-        except (ValueError, cfg.Error) as error:    # type, $option
+        except (ValueError, cfg.Error) as error:    # or bad type, bad $option
             raise ValueError('Option %s of [%s]: %s' % (name, _GROUP, error))
 
     return _Settings(read('sock_path', _parse_path),
@@ -668,17 +668,17 @@ def _read_settings(conf):
 
 # -- the lock and the socket file -------------------------------------------
 
-_no_forks = {}      # by pid: a child's are not held by its parent's threads
+_no_forks = {}      # by pid: a forked child needs one that nobody holds
 
 
 def _no_fork():
     """The lock that is held during a fork.
 
-    And while a descriptor is opened and put where abandon() finds it. A child
-    that did not know that it holds the lock of a path would keep everybody
-    from leading after the parent's death; one that holds a listener, or a
-    connection, would keep others waiting. Held, too, while the loop logs: the
-    buffer of a stream that is being written to stays locked in the child.
+    Held, too, while a descriptor is opened and put where abandon() finds it: a
+    child that inherits the lock of a path unknowingly would keep everybody
+    from leading after the parent's death; a listener, or a connection, would
+    keep others waiting. And while the loop logs: the buffer of a stream that
+    is being written to would stay locked in the child.
     """
     return _no_forks.setdefault(os.getpid(), threading.RLock())
 
@@ -692,16 +692,16 @@ def _identity(info):
 
 
 def _file_id(file):
-    """What tells an open file from another that gets its number.
+    """What tells an open file from another that gets its descriptor.
 
-    None of an eventfd, say: all of those share one inode.
+    None for what has no type, such as an eventfd: all share one inode.
     """
     info = os.fstat(file.fileno())
     return _identity(info)[:2] if stat.S_IFMT(info.st_mode) else None
 
 
 def _is_at(path, identity):
-    """Whether the path is the file, which may be written to, as a lock is."""
+    """Whether the path is that file, by all but mtime: writing changes it."""
     try:
         return _identity(os.lstat(path))[:2] == identity[:2]
     except OSError:
@@ -722,7 +722,7 @@ class _Lock:
 
     def __init__(self, path, fd=None):
         self.path = path
-        self.fd = fd    # as an heir holds it: a flock is the open file's
+        self.fd = fd    # passed to an heir: the flock is the open file's
 
     def acquire(self):
         """Take the lock, or raise OSError; BlockingIOError if it is held."""
@@ -763,7 +763,7 @@ class _Lock:
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            # By whoever can open it, if only to read.
+            # Perhaps not by the owner: who may only read it can lock it, too.
             owner = self.read().get('pid')
             known = isinstance(owner, int) and owner < 2 ** 32
             raise BlockingIOError(
@@ -793,7 +793,7 @@ class _Lock:
         os.ftruncate(self.fd, len(data))
 
     def vacated(self):
-        """Whether the last owner did; not if the file was lost meanwhile."""
+        """Whether its last owner left in good order; False for a new file."""
         return self.read().get('pid', 'unknown') is None
 
     def intact(self):
@@ -805,14 +805,14 @@ class _Lock:
             return False
 
     def free(self):
-        """Give it up, even if one that was to be the heir holds it open."""
+        """Unlock, as close() would not while a would-be heir has it open."""
         if self.fd is not None:
             with contextlib.suppress(OSError):  # others have closed it
                 fcntl.flock(self.fd, fcntl.LOCK_UN)
 
     def close(self):
         """Only close: LOCK_UN in a forked child would free the parent's."""
-        with _no_fork():    # a child would close what has the number by then
+        with _no_fork():    # a child would not know of the number
             fd, self.fd = self.fd, None
             if fd is not None:
                 with contextlib.suppress(OSError):  # others have closed it
@@ -844,17 +844,17 @@ class _Bound:
 def _bind(sock, path, mode, lock, gid=None, backlog=None):
     """Bind the socket; who connects is refused until it listens.
 
-    Mode and group are set in between, so that nobody slips in; the umask is
-    the whole process's. The lock names it, for who comes after a crash.
+    Mode and group are set before it does, so that nobody slips in (the umask
+    is the whole process's). The lock names it, for who comes after a crash.
 
-    :param backlog: that it is to listen with, at last
+    :param backlog: to listen with at the end; None: it does not listen yet
     :raises: OSError, naming the path; nothing is left behind
     """
     bound = None
     try:
         now = time.time()
         sock.bind(path)
-        # Known before anything can fail: what was left would pass for served.
+        # At once, so that any failure unlinks it: left, it would look served.
         bound = _Bound(path, sock, _new_socket(os.lstat(path), now))
         _set_access(bound, mode, gid)
         lock.write([bound])
@@ -869,9 +869,9 @@ def _bind(sock, path, mode, lock, gid=None, backlog=None):
 
 
 def _set_access(bound, mode, gid):
-    """Not by the name, which by now may be a link to another's file.
+    """Set group and mode; not by the name, which may be a link by now.
 
-    For whoever may write to the directory may have made it one.
+    Whoever may write to the directory may have it point to another's file.
     """
     file = os.open(bound.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
@@ -880,7 +880,7 @@ def _set_access(bound, mode, gid):
         name = '/proc/self/fd/%d' % file
         if not os.path.lexists(name):
             raise OSError(errno.ENOENT, 'no /proc, by which to set its mode')
-        if gid is not None:     # a sandbox may forbid even to change nothing
+        if gid is not None:     # a sandbox may forbid even chown(-1, -1)
             os.chown(name, -1, gid)
         os.chmod(name, mode)
     finally:
@@ -907,8 +907,8 @@ def _is_socket(*paths):
 
 def _answers(path):
     """Whether a process listens at the path."""
-    with _no_fork(), _unix_socket() as probe:   # a child would subscribe
-        # EAGAIN: its backlog is full. Whatever else: not ours.
+    with _no_fork(), _unix_socket() as probe:   # a child would stay connected
+        # EAGAIN: its backlog is full. Any other error: leave it alone, too.
         return probe.connect_ex(path) not in (errno.ECONNREFUSED,
                                               errno.ENOENT)
 
@@ -916,9 +916,9 @@ def _answers(path):
 def _clear(path, left):
     """Remove a dead owner's socket, if it is at the path. Needs the lock.
 
-    What the last owner bound, and ``left``, is dead, for we have its lock,
-    even if a child of it still answers. Anything else that is in the way
-    raises OSError, and is kept.
+    ``left`` is the identity of what the last owner bound: dead, for we have
+    its lock, even if a child of it still answers there. Anything else in the
+    way raises OSError, and is kept.
     """
     try:
         info = os.lstat(path)
@@ -947,7 +947,7 @@ def _gid(group):
 # -- the backlog ------------------------------------------------------------
 
 class _Chunk:
-    """Some lines, as all subscribers send them, and the way to the next.
+    """Some lines, which all subscribers share, and the way to the next.
 
     A chunk without a next one is the tail: empty, and filled in place.
     """
@@ -959,8 +959,8 @@ class _Chunk:
         self.start = start  # bytes before it, since the backlog began
         self.first = first  # notifications before it, likewise
         self.data = data
-        # Notifications that it, a record, stands for. Who sends it first
-        # writes it: until then, it has no data.
+        # Losses, if it is a record of those. Its data is written by the first
+        # subscriber that is to be sent it; until then, it is empty.
         self.lost = lost
         self.reason = reason    # why they were lost
         self.next = following
@@ -970,18 +970,18 @@ class _Chunk:
         return _Chunk(self.start, first, data, lost, reason, self)
 
     def before(self, offset):
-        """Notifications before this byte of it, of lines, since the start."""
+        """Notifications before this byte of its lines, since it all began."""
         return self.first + self.data.count(b'\n', 0, offset)
 
 
 class _Backlog:
     """What subscribers have yet to send: a linked list of chunks.
 
-    Pure, and theirs who have the turn; notify(), with it, only counts in the
+    No I/O; for whoever has the turn, of which notify() only counts in the
     tail. A subscriber holds the chunk that it is at, and thereby all that
-    follow: what everybody has sent, or comes while there is nobody, is freed
-    by itself. What keeps it within its bound is that a subscriber that is
-    further behind than ``limit`` moves on (see ``_Subscriber.trim``).
+    follow: what everybody was sent, or came while there was nobody, is freed
+    by itself. It stays bounded since a subscriber that is further behind than
+    ``limit`` moves on (see ``_Subscriber.trim``).
     """
 
     def __init__(self, limit):
@@ -1015,8 +1015,8 @@ class _Backlog:
 class _Subscriber:
     """A connected socket, and a cursor in the backlog."""
 
-    slow = 'subscriber too slow'    # why it loses
-    visits = True           # what it sends us may go on without a pause
+    slow = 'subscriber too slow'    # the reason in the records of its losses
+    visits = True           # its input counts as a visit: see slow_down()
 
     def __init__(self, sock, backlog, who, uid=None, start=None):
         self.sock = sock
@@ -1032,8 +1032,8 @@ class _Subscriber:
         self.offset = start.offset if start else 0  # bytes that were sent
         # The account, in notifications: see received().
         self.joined = self.chunk.before(self.offset)
-        self.lost = 0           # by the records that were sent whole
-        self.lagging = None     # ``lost`` when it began to lag
+        self.lost = 0           # as told by records that were sent whole
+        self.lagging = None     # ``lost`` when it began to lag; else None
 
     def wanted(self):
         return (0 if self.half_closed else selectors.EVENT_READ) | (
@@ -1053,7 +1053,7 @@ class _Subscriber:
     def flush(self, keep_gil=False):
         """Send once, what the kernel takes; an OSError: the peer is gone.
 
-        :param keep_gil: whether to, in a send that is short
+        :param keep_gil: keep the GIL, if no more than _SHORT bytes are sent
         """
         chunk, sent = self.chunk, 0
         try:
@@ -1079,7 +1079,7 @@ class _Subscriber:
         buffers, size = [], 0
         for chunk in self.chunks():
             buffers.append(chunk.data)
-            # Small chunks count for more: the kernel takes 1024 at a time.
+            # Each counts for 2 KiB at least: the kernel takes 1024 buffers.
             size += max(len(chunk.data), _SEND_MAX // 512)
             if size >= _SEND_MAX:
                 break
@@ -1110,13 +1110,13 @@ class _Subscriber:
         here = chunk = self.chunk
         while backlog.behind(chunk) > backlog.limit and chunk.next.next:
             chunk = chunk.next
-        if chunk.start == here.start:   # what precedes it starts there, too
+        if chunk.start == here.start:   # not moved, or by preceded() alone
             return False
         data, sent = here.data, self.offset
         start = end = data.rfind(b'\n', 0, sent) + 1
         if start < sent:
             end = data.index(b'\n', sent) + 1
-        # A line counts for one; a record, which is a chunk, for more.
+        # Lines count for one each; a record, a whole chunk, for its losses.
         first = here.before(start)
         after = (here.next.first if 0 < end == len(data)
                  else here.before(end))
@@ -1134,7 +1134,7 @@ class _Subscriber:
         try:
             size = len(_recv(self.sock, _DISCARD_MAX))
             self.half_closed = not size
-        except BlockingIOError:     # out of band, it may be, which is dropped
+        except BlockingIOError:     # perhaps for out-of-band data: dropped
             size = 1
         except PermissionError as error:
             return error.strerror
@@ -1179,20 +1179,20 @@ def _can_guard():
 
 
 def _guarded():
-    """Whether sockets can refuse to be passed descriptors, and so do ours."""
-    with contextlib.suppress(OSError):  # out of descriptors, but not for good
+    """Whether the kernel has _PASSRIGHTS, by which our sockets refuse any."""
+    with contextlib.suppress(OSError):  # out of descriptors: ask again later
         return _can_guard()
     return False
 
 
 def _unix_socket(fileno=None):
-    """A socket that never waits, as its file does not if it has one."""
-    # In full even with a fileno, for a green socket does not ask the kernel.
+    """A non-blocking socket; of ``fileno``, if given, which is so already."""
+    # Family and type even with a fileno: a green socket does not look them up.
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM
                          | socket.SOCK_NONBLOCK, fileno=fileno)
-    if sock.gettimeout() != 0:      # green, or else it does not have to ask
+    if sock.gettimeout() != 0:      # only a green one: it is a system call
         sock.setblocking(False)
-    if fileno is None and _guarded():   # whom it accepts is, too
+    if fileno is None and _guarded():   # inherited by what it accepts
         sock.setsockopt(socket.SOL_SOCKET, _PASSRIGHTS, 0)
     return sock
 
@@ -1200,7 +1200,7 @@ def _unix_socket(fileno=None):
 def _recv(sock, size):
     """``sock.recv()``; a PermissionError if descriptors come with it."""
     if not _guarded():
-        # What is out of band could not be peeked, nor be waited for.
+        # Else out-of-band data could not be peeked, nor be waited for.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         peeked, _, flags, _ = sock.recvmsg(
             size, 0, socket.MSG_PEEK)   # with no room for descriptors
@@ -1231,9 +1231,9 @@ def _hang_up(sock):
 
 
 def _close(sock):
-    """Close it: in a thread if that may close what it was passed.
+    """Close it; in a thread where that may block: see _PASSRIGHTS.
 
-    Not in one of Python's, of which eventlet makes green ones.
+    A thread of C: Python's are green under eventlet.
     """
     with _no_fork():    # a child would not know of the number
         thread, fd = ctypes.c_ulong(), sock.detach()
@@ -1254,7 +1254,7 @@ def _close_all(files):
 # -- any thread ---------------------------------------------------------------
 
 _ONE = struct.pack('Q', 1)
-_count = ctypes.create_string_buffer(len(_ONE))     # of sets; nobody looks
+_count = ctypes.create_string_buffer(len(_ONE))     # for read(); unused
 
 
 class _Event:
@@ -1263,9 +1263,9 @@ class _Event:
     def __init__(self, fd=None):
         self._fd = -1 if fd is None else fd
         if fd is None:
-            # On the number of a new socket, for eventlet hears of those: in
-            # a forked child it believes that numbers which we closed are
-            # still waited for, and would raise at every wait for this one.
+            # On the number of a new socket, which eventlet is told of: in a
+            # forked child it takes numbers that we closed for waited for, and
+            # would raise at every wait for an eventfd that got one of them.
             with socket.socket(socket.AF_UNIX) as new:
                 fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
                 self._fd = new.detach()     # or a green one would close it
@@ -1273,10 +1273,10 @@ class _Event:
             os.close(fd)
 
     def close(self, _close=os.close):   # there is no ``os`` at the very end
-        """Only where no thread can be about to write to it.
+        """Call it only where no thread can be about to write to it.
 
-        Else the last reference closes it, which such a thread holds: it must
-        not write to whatever gets the number next.
+        Elsewhere leave it to __del__: who is about to write has a reference,
+        and must not write to another file that gets the number.
         """
         fd, self._fd = self._fd, -1     # None would be 0 to write()
         if fd >= 0:
@@ -1292,18 +1292,18 @@ class _Event:
         _libc.write(self._fd, _ONE, ctypes.c_size_t(len(_ONE)))
 
     def clear(self):
-        # Under eventlet, after a fork, one is reported that is not set, for
-        # which this fails.
+        # Under eventlet, after a fork, it may be reported though it is not
+        # set: then this fails, and nothing is done.
         _libc.read(self._fd, _count, ctypes.c_size_t(len(_ONE)))
 
 
 def _poll(*filenos):
-    """A look at descriptors, in this order; 0.5 us, for it has no frame."""
+    """A function that polls them, in order; 0.5 us, for it has no frame."""
     # An array of struct pollfd. All threads share it: the kernel reads it,
     # returns a count of its own, and writes to what nobody looks at.
     pollfds = ctypes.create_string_buffer(b''.join(
         struct.pack('ihh', fileno, select.POLLIN, 0) for fileno in filenos))
-    # Without an object for the number, of which Linux reads an int.
+    # The number is no c_ulong object, for Linux reads just an int of it.
     return functools.partial(
         _libc.poll, ctypes.byref(pollfds), len(filenos), 0)
 
@@ -1332,18 +1332,18 @@ class _Inbox:
         self._mask_secrets = settings.mask_secrets
         self.hand_over = None   # _HandOver.send
         self.look = _yes        # until it is clear who serves
-        self.lines = collections.deque()    # and pads (None)
+        self.lines = collections.deque()    # and None, as pads: _QUEUE_UNIT
         self.room = settings.buffer_size // _QUEUE_UNIT
-        self.ahead = self.room // 2     # from here on they give way
+        self.ahead = self.room // 2     # more queued: publishers give way
         self.rest = None        # a line, and what each stream got of it
         # += is not one step; next() is, in CPython without a GIL as well.
         self.drops = itertools.count()
-        self.gap = None         # the last drop, or one of the last
+        self.gap = None         # the number of the last drop, or nearly
         self.asleep = True      # the loop must be woken, or started
         self.waker = None
         self.checked = time.monotonic()     # when the path was looked after
-        # These, look, room, ahead and rest: written by whoever has the turn.
-        self._gap_seen = None   # nothing is queued while it is not the gap
+        # What follows, look, room, ahead and rest are written with the turn.
+        self._gap_seen = None   # last seen; while gap is another, all drop
         self._drops_read = 0    # what next(drops) gives if none was since
         self.lost = 0           # drops that a record is due for
 
@@ -1361,8 +1361,8 @@ class _Inbox:
             self.drop()
             return
         if queued or len(line) > _SHORT or not self.hand_over(line):
-            # In one step, so that the loop finds no line without its pads (or,
-            # without a GIL, soon); and no call, for a handler may raise then.
+            # In one step: the loop finds no line without its pads (without a
+            # GIL, not for long). And += is no call, where a handler may raise.
             lines = self.lines
             lines += (line,) + (None,) * (len(line) // _QUEUE_UNIT)
         elif self.rest is None:
@@ -1394,19 +1394,19 @@ class _Inbox:
     def drop(self):
         """Count a notification for which there is no room, at its place.
 
-        It opens a gap, behind which nothing is queued until the loop has
-        looked: at the gap, the count and the length of the queue, in this
-        order, before it closes the gap. So a gap that it saw is in the count,
-        and the record goes behind what is due: all that a thread queued
-        before it dropped something, and nothing that it queues later.
+        It opens a gap: nothing more is queued until the loop closes that. It
+        first reads gap, count and length of the queue, in this order: so what
+        it closes is in the count, and the record goes behind that length, that
+        is behind all that a thread queued before it dropped something, and
+        before all that it queues later.
         """
-        for self.gap in self.drops:
-            break       # no call, after which a signal's handler might raise
+        for self.gap in self.drops:     # next(), but no call, after which a
+            break                       # signal's handler might raise
         try:
             if self.asleep:
                 self.wake()
             if self.gap % _BATCH == _BATCH - 1:
-                self._give_way()    # it takes 0.5 us, the loop waits for 5 ms
+                self._give_way()    # a drop takes 0.5 us; the loop waits 5 ms
         except Exception:  # nosec B110
             pass        # as in emit(); it is counted
 
@@ -1426,8 +1426,8 @@ class _Inbox:
         if waker is None:
             self._start()   # the flag stays up: it may fail
             return
-        # Lowered first. After the loop has woken it is the loop's to raise;
-        # to lower it then would leave the loop asleep with the flag down.
+        # Lowered first: once set() has woken the loop it may sleep again, with
+        # the flag up; if we lowered that, nobody would wake it any more.
         self.asleep = False
         try:
             waker.set()
@@ -1441,11 +1441,11 @@ class _Inbox:
                 or self.rest is not None)
 
     def count(self):
-        """How much is due, and how much was dropped after it: see drop()."""
+        """How much is due; ``lost`` gets what was dropped after it: drop()."""
         gap, drops, due = self.gap, next(self.drops), len(self.lines)
         self._gap_seen = gap    # closed, unless there is a new one
         self.lost += drops - self._drops_read
-        self._drops_read = drops + 1    # for we count, too
+        self._drops_read = drops + 1    # our own next() took one
         return due
 
     def left(self):
@@ -1457,16 +1457,15 @@ class _Inbox:
     def take(self, due):
         """Yield what is due, in batches.
 
-        Or queue, batch and chunks would be three copies of a queue that is
-        full.
+        At once, a full queue would be there thrice: as batch and chunks, too.
         """
-        self.room -= due    # in the backlog it takes as much: _Fanout.flush()
+        self.room -= due    # it is the backlog's now: see _Fanout._share()
         for size in range(due, 0, -_BATCH):
             yield [self.lines.popleft() for _ in range(min(size, _BATCH))]
 
 
-# By which descriptors, what says that none took it, after which look, and
-# what that has to find.
+# Whom notify() sends to: their descriptors; what send() returns if none took
+# it; the look to take before, and whether that has to find anybody.
 _Aim = collections.namedtuple('_Aim', 'fds none look expected')
 
 
@@ -1485,12 +1484,12 @@ class _Turn:
         """Take it from whoever has it, who is not here any more."""
         self.free = collections.deque([True])   # empty while someone has it
         self.holder = None  # the thread that has it, or was the last to
-        self.aim = None     # of notify(), once it is free; by descriptors
+        self.aim = None     # an _Aim, if notify() may send; set as a turn ends
 
     def take(self, until=math.inf):
-        """Wait for it; returns where to give it back, by append(True).
+        """Wait for it; returns the deque to give it back to: append(True).
 
-        Not to another, if it was renewed meanwhile. A TimeoutError: until
+        self.free may be another by then: see renew(). A TimeoutError: until
         time.monotonic() it was not to be had.
         """
         us = _thread.get_ident()
@@ -1518,7 +1517,7 @@ class _Turn:
     def take_from_us(self):
         """At exit: a signal's handler may run the exit handlers amid notify().
 
-        Then this thread has it, and waits for us. Any other goes on.
+        Then it waits below us in this thread; any other gives it back.
         """
         if not self.free and self.holder == _thread.get_ident():
             self.renew()
@@ -1532,17 +1531,17 @@ class _HandOver:
     as are errors and the rest of a line.
 
     Only to a few streams, which at the end of the last turn had been sent all
-    there was: those are the ``aim``. Whatever this thread emitted since is
-    in the queue, or was sent: the loop moves it while it has the turn, which
-    is ours. And only if nobody has connected whom the loop must accept first,
-    or, by the leader's presence, if there is somebody at all.
+    there was: the ``aim``. Order is kept: what this thread emitted since was
+    sent, or is in the queue, which only who has the turn empties: now us. And
+    only if nobody has connected whom the loop must accept first; or, at a
+    follower, if listener or presence of the leader tell of somebody.
     """
 
     def __init__(self, turn, inbox, backlog):
         self._turn = turn
         self._inbox = inbox
         self._backlog = backlog
-        # time.monotonic(): so far the next is put off. Read without the turn.
+        # time.monotonic() up to which sends count. Read without the turn.
         self.busy_until = 0
 
     def aim_at(self, role):
@@ -1555,7 +1554,7 @@ class _HandOver:
                 [-1] * len(role.streams), *role.clear())
 
     def send(self, line):
-        """Whether it was, or has begun to be."""
+        """Send it, if that can be; whether it was, or has begun to be."""
         turn, inbox, now = self._turn, self._inbox, time.monotonic()
         aim, free, sent = turn.aim, turn.free, []
         if aim is None or self.busy_until - now > _HAND_OVER_AHEAD:
@@ -1569,8 +1568,8 @@ class _HandOver:
         try:
             try:
                 self._send(aim, line, sent, now)
-            finally:    # without a call, or a frame, until all is noted
-                if inbox.rest and inbox.rest[1] is sent:    # ours, not taken
+            finally:    # no call, where a handler may raise, till all is noted
+                if inbox.rest and inbox.rest[1] is sent:    # not taken over
                     if sent == whole:
                         self._backlog.tail.first += 1   # as if it were there
                     if not sent or sent == whole or sent == aim.none:
@@ -1592,8 +1591,8 @@ class _HandOver:
                 or bool(aim.look()) is not aim.expected):
             return
         self.busy_until = max(self.busy_until, now) + _HAND_OVER_TIME
-        # Known before, for the next to run after it may be a signal's handler
-        # that runs exit handlers, which take it on.
+        # Before the sends: right after them a signal's handler may run the
+        # exit handlers, which take it on.
         self._inbox.rest = line, sent
         _send_noted(aim.fds, line, sent)
 
@@ -1620,7 +1619,7 @@ class _Backoff:
         self.at = time.monotonic() + self.delay * jitter
 
     def for_long(self):
-        """Whether it has for about a second, and is at its longest delay."""
+        """Whether it has failed for about a second: the delay is longest."""
         return self.delay >= self.MAX
 
 
@@ -1645,14 +1644,14 @@ class _Lasting:
 
 
 class _Told(OSError):
-    """Something failed, and that was told of where it did."""
+    """An error that has been logged already, by who raised it."""
 
 
 class _Log:
     """What a hub tells: who serves the path, and what keeps it from that.
 
-    A trouble is told of again while it lasts, at a try that is made anyway;
-    who serves, when the path is looked after.
+    What lasts is told of again, but nothing wakes for that: a trouble at one
+    of its tries, who serves when the path is looked after.
     """
 
     def __init__(self, path):
@@ -1718,17 +1717,17 @@ class _Log:
 
 
 class _Visits:
-    """Who comes and goes, or lags: a line of log a second; and time to work.
+    """Who comes, goes or lags: a line of log a second; and how long to rest.
 
-    For whoever may connect may do all that in a loop. The first are told of
-    when their turn ends, the others when the second is over.
+    For who may connect may do so in a loop, without end. The first are told
+    of when their turn ends, the others when the second is over.
     """
 
     def __init__(self, say, level=logging.INFO):
         self._say = functools.partial(say, level)
         self._next = 0          # no line sooner
         self.lately = False     # someone came, went or talked in this turn
-        self._rested = self._worked = 0     # when, and how long until then
+        self._rested = self._worked = 0     # monotonic() and thread_time()
         self._forget()
 
     def _forget(self):
@@ -1768,9 +1767,9 @@ class _Visits:
     def slow_down(self):
         """Let time pass if visits come without a pause; lines wait, too.
 
-        To accept just some of those who wait, and send, would break
-        connect() as the start. A fifth of the time is for work: under
-        eventlet, a turn with 64 subscribers takes milliseconds.
+        All who wait are accepted before anything is sent, or connect() would
+        not be the start. A fifth of the time is for work: under eventlet, a
+        turn with 64 subscribers takes milliseconds.
         """
         self.lately = False
         now, worked = time.monotonic(), time.thread_time() - self._worked
@@ -1841,7 +1840,7 @@ class _Files:
     def abandon(self, certain, waker):
         """In a forked child: only close, as _Hub.abandon() says."""
         files = dict(self._owned)
-        if certain:     # to the last reference: no other thread is here
+        if certain:     # these, too: no other thread is left to use them
             files.update(dict.fromkeys((self._selector, waker)))
         for each, identity in files.items():
             with contextlib.suppress(OSError, AttributeError):
@@ -1849,7 +1848,7 @@ class _Files:
                     each.close()
 
     def close(self):
-        # By refs, for others may collect keys meanwhile.
+        # By refs: as we iterate, a garbage collection may remove keys.
         owned = [ref() for ref in self._owned.keyrefs()]
         for each in (*owned, self._selector):
             if each is not None:
@@ -1903,15 +1902,15 @@ class _Path:
         bound = self.bound.pop(suffix, None)
         if bound is None:
             return
-        # First: a forked child may hold it open, and what happens to it
-        # would be reported here for ever.
+        # Before it is closed: a child may hold it open, so that it would stay
+        # in the selector, and be reported for ever.
         self._files.unwatch(bound.sock)
         if not keep:
             bound.unlink()
         _close(bound.sock)
 
     def give_up(self, keep=False):
-        """Leave it to whoever can have it, or to who has it: see free()."""
+        """Free all that is bound, and the lock, for another: see free()."""
         for suffix in list(self.bound):
             self.free(suffix, keep)
         self.lock.close()
@@ -1931,9 +1930,9 @@ class _Door:
         self.locked = True      # nobody is let in, nor watched for
         self._reserve = None    # a descriptor to give up when there is none
         self._starved = None    # accepting fails for want of descriptors
-        self._recovered = False     # it did, which is yet to be told
-        self._listens = None    # what the kernel was told
-        self._held = 0          # how many it may hold by now
+        self._recovered = False     # accepting works again; not logged yet
+        self._listens = None    # the backlog, as the kernel was told
+        self._held = 0          # the largest one since all who waited came in
         self._refusals = {}     # records of this turn
 
     def open(self, sock):
@@ -1953,7 +1952,7 @@ class _Door:
         self.locked = False
 
     def lock(self):
-        """Let who comes now wait: the listener would be reported for ever."""
+        """Let who comes wait, unwatched: it would be reported for ever."""
         self._files.unwatch(self._sock)
         self.locked = True
 
@@ -1967,11 +1966,11 @@ class _Door:
     def come(self):
         """Yield the sockets of all who wait, in their order.
 
-        Those who can't have one are refused. Out of descriptors even for
-        that, it raises OSError, and is locked.
+        Who can get no descriptor is refused. Without one to do even that with,
+        it raises OSError, and is locked.
         """
         self._refusals = {}
-        for _ in range(self._held + 2):     # one may fail, and take none
+        for _ in range(self._held + 2):     # held + 1 wait; one may fail
             try:
                 sock = self._files.own(_accept, self._sock)
             except BlockingIOError:
@@ -1985,7 +1984,7 @@ class _Door:
                 if self._reserve is not None:
                     self._recovered = self._starved is not None
                     yield sock
-                else:   # it has the last, or missed what was sent meanwhile
+                else:   # has the reserve's place, or missed lines as it waited
                     self.refuse(sock, _peer(sock)[0], 'the service is out of '
                                 'file descriptors')
         self._held = self._listens      # for all who waited are in
@@ -2026,7 +2025,7 @@ class _Door:
             _send_short(sock, self._refusals[reason])
 
     def settle(self):
-        """Once nothing is left to tell, nor likely to be in a moment."""
+        """The end of a turn: once there are no visits to log, or to expect."""
         if self._visits.at is None:
             self.let_wait(_BACKLOG)
             if self._recovered:
@@ -2146,8 +2145,8 @@ class _Leader:
             self._path.lock.close()     # whoever can may have the path
             raise
         self._look = _poll(bound.sock.fileno())
-        # In place before the old listener is closed: see _Inbox. Who comes
-        # to an heir gets what is on its way, and so all that follows it.
+        # Before the old listener is closed: see _Inbox. With a _start, who
+        # waits will begin at its cursor: nothing after that may be dropped.
         self._loop.inbox.look = (
             _yes if self.streams or self._start else self._look)
         self._others.announce(bound)
@@ -2185,12 +2184,12 @@ class _Leader:
         return self._others.take()
 
     def settle(self):
-        """The end of a turn: the gate is lowered here alone.
+        """The end of a turn: the gate is shut here alone.
 
         Not while anything is queued: who comes next would get that, and not
-        what was dropped after it.
+        what was dropped behind it.
         """
-        self._start = None      # it keeps all that follows its cursor
+        self._start = None      # or its cursor would keep all that follows
         self._others.give_time(self.streams, self._loop.fanout)
         self._open(bool(self.streams) or self._loop.inbox.waiting())
         self._door.settle()
@@ -2208,9 +2207,9 @@ class _Leader:
     def _resign(self):
         """Another process owns the path: send the subscribers there.
 
-        What followers have handed on is for those who are still here. It must
-        not go on to the new leader: the followers may get there before us,
-        with what they emitted later. There, it is lost.
+        What followers have handed on goes to those who are still here. Not to
+        the new leader, who may have heard from them before us, and what they
+        emitted later: that one is told that it was lost.
         """
         loop = self._loop
         self._others.cut_off()
@@ -2311,10 +2310,10 @@ class _Places:
             self.clear(subscriber, reason)
 
     def free(self):
-        """Whether there are places, once those are free of who is gone.
+        """Whether there are places; if not, clear those of who is gone.
 
-        One that half-closes is not watched, for the end of its stream would
-        be reported for ever; of others it may wait to be reported.
+        A half-closed one is not watched, for the end of its stream would be
+        reported for ever; the end of others may not have been reported yet.
         """
         if len(self.taken) >= self._limit and not self.swept:
             self.swept = True
@@ -2324,9 +2323,9 @@ class _Places:
         return len(self.taken) < self._limit
 
     def make_room(self, uid, tell_why):
-        """Part the newest of the user with the most places; whether it was.
+        """End the newest stream of who has the most places; whether it did.
 
-        For a user who will have no more than the other has left, or they
+        Only for a user who has then no more than that one keeps, or the two
         would take turns.
         """
         places = collections.Counter(each.uid for each in self.taken)
@@ -2368,9 +2367,9 @@ class _Fanout:
             self.backlog.append(*chunk)
 
     def take_rest(self, streams):
-        """Take on what notify() has sent a part of, or to some alone.
+        """Queue what notify() has sent in part, or to some streams only.
 
-        Before any of the streams comes or goes.
+        Before any stream comes or goes: what each took is in their order.
         """
         if self._inbox.rest is not None:
             line, sent = self._inbox.rest
@@ -2400,10 +2399,10 @@ class _Fanout:
     def _share(self, held):
         """Have queue and backlog share the memory.
 
-        But one that lags must not leave too little room for those that do
-        not. Half of the whole, be it in the queue or in the backlog, is what
-        publishers may be ahead; a quarter of what is left, where one that
-        lags has most of it.
+        One that lags leaves at least an eighth to those that do not.
+        Publishers may be ahead by half of the whole, be it in the queue or in
+        the backlog; by a quarter of the room that is left, if that is more,
+        as where one that lags has most of it.
         """
         limit = self.backlog.limit
         room = max(limit - held, limit // 8) // _QUEUE_UNIT
@@ -2457,7 +2456,7 @@ class _Fanout:
 
 
 class _Loop:
-    """What is done on a path in a turn, by whoever has that; and its parts.
+    """What is done on a path in a turn, and the parts that do it.
 
     Mostly the loop's thread; once that has ended, the exit handler. A test
     may call step() without any thread.
@@ -2506,10 +2505,10 @@ class _Loop:
         """Look whether all is still well, before the turn is taken.
 
         Each system call gives up the GIL, which a busy thread returns after
-        5 ms: in notify(), this took 16 ms once a second. Meanwhile that goes
-        on to send. A turn that finds nothing to do has no such call, so that
-        no other thread sees it, and queues what its process does not live to
-        send.
+        5 ms: as notify() did this, it took 16 ms once a second. Now the turn
+        is free meanwhile, and notify() sends. A turn that finds nothing to do
+        makes no such call: else a thread could find it taken, and queue a
+        line, which a process about to die may not send.
         """
         now = time.monotonic()
         if (self.retry.at is None and now > self.inbox.checked
@@ -2520,9 +2519,9 @@ class _Loop:
     def work(self, events):
         """Do what is to be done; events are (callback or None, mask).
 
-        What is due came from calls that may follow any connect() that has
-        returned. So: see how much is due, then accept who has come, then
-        take what is due.
+        A line that is due may come from a call after a connect() returned. So:
+        see how much is due, then accept who has come, and only then take what
+        is due.
         """
         self._begin(events)
         due = self.inbox.count()
@@ -2562,9 +2561,9 @@ class _Loop:
         timeout = 0
         if not (self.inbox.waiting() or self.fanout.again):
             self.inbox.asleep = True
-            # Without a GIL stores may be seen late, but not behind a lock that
-            # both sides take: this takes the queue's. Each store to an object
-            # takes that one's, and gap and rest are beside the flag.
+            # Without a GIL a store may be seen late, unless both sides take a
+            # lock in between. That is the queue's for the lines; for gap and
+            # rest it is the object's, which a store to them or the flag takes.
             self.inbox.lines.extend(())
             if not self.inbox.waiting():    # after the flag: see emit()
                 timeout = self._timeout(limit)
@@ -2612,12 +2611,12 @@ class _Loop:
         """The role cannot do what it should, and will try again."""
         passing = error.errno in _LED and not self.retry.for_long()
         self.retry.fail()
-        if not passing:     # or what is emitted meanwhile is owed to another
+        if not passing:     # else another may lead soon, who is owed all lines
             self.role.shut(error)
             self.log.fault(error)
 
     def shut(self, error):
-        """There is no loop, or not yet."""
+        """The loop could not start, or open its files; try again later."""
         self.retry.fail()
         self.inbox.checked = time.monotonic()
         self.role.shut(error)
@@ -2626,8 +2625,8 @@ class _Loop:
 def _unread(streams):
     """Bytes that the kernel still holds for them.
 
-    One that reads slowly is at it long before its socket is writable: for
-    that it must have read three quarters of it.
+    They fall as a slow reader reads; its socket becomes writable only once it
+    has read three quarters of them.
     """
     return sum(struct.unpack('i', fcntl.ioctl(
         each.sock, termios.TIOCOUTQ, bytes(4)))[0]
@@ -2656,10 +2655,10 @@ class _Hub:
         if _is_uwsgi_master():
             self.inbox.lines.clear()
         elif self.thread is None and _starves():
-            # The leader hears of it at once. Its answer is taken at the next
-            # call, and so is what the kernel does not take now.
+            # The leader gets the line at once. What it answers, and what the
+            # kernel does not take now, is for the next call.
             while self._take_a_turn() and self.inbox.waiting():
-                pass    # who came meanwhile did not get the turn
+                pass    # what others queued, who did not get the turn
         elif not self.loop.closing and self._starting.acquire(blocking=False):
             try:
                 if self.thread is None and (
@@ -2681,8 +2680,8 @@ class _Hub:
         self.thread = threading.Thread(
             target=self._run, name='unix-notifier', daemon=True)
         _start(self.thread)
-        # A child of multiprocessing leaves without atexit. It runs its
-        # finalizers, which its bootstrap clears: not sooner.
+        # A child of multiprocessing exits without atexit, but runs finalizers:
+        # registered here, as its bootstrap clears those from before the fork.
         if process.parent_process() is not None:
             util.Finalize(None, self.close, exitpriority=0)
 
@@ -2755,7 +2754,7 @@ class _Hub:
         self._send_on(deadline)
         with loop.turn.taken():
             loop.inbox.look = _no
-            # Else it owes, to who came meanwhile, what it emitted since.
+            # Not if lines came since: who has come meanwhile is owed them.
             if (loop.path.lock.fd is not None and not loop.inbox.waiting()
                     and loop.fanout.backlog.tail.first == accounted):
                 with contextlib.suppress(OSError):
@@ -2785,21 +2784,21 @@ class _Hub:
         """
         loop = self.loop
         loop.pid = None     # a green thread survives a fork, and looks
-        loop.turn.renew()   # whoever has it may not be here; nor the aim
+        loop.turn.renew()   # its holder may not be here, nor is the aim ours
         loop.files.abandon(certain, self.inbox.waker)
-        if not certain:     # for ever: what is open no object must close
+        if not certain:     # keep all for ever: no __del__ may close a number
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
 
     def _run(self):
         loop = self.loop
         if self.no_thread is not None:
-            loop.log.fault(self.no_thread)      # notify() could not
+            loop.log.fault(self.no_thread)      # notify() may not log
         while not loop.closing and loop.pid == os.getpid():
             try:
                 if self.inbox.waker is None:
                     with _no_fork():
                         self.inbox.waker = _Event()
-                    continue    # close() did not have it to set
+                    continue    # close() may have come before it had a waker
                 loop.step()
             except Exception as error:
                 if loop.pid == os.getpid():
@@ -2825,8 +2824,8 @@ def _is_uwsgi_master():
 def _starves():
     """Whether a loop would stand still between two requests.
 
-    It would be a green thread, and nobody runs those there, unless uWSGI has
-    a loop engine, such as gevent's.
+    It would be a green thread, which mod_wsgi never runs between requests, and
+    uWSGI only if it has a loop engine, such as gevent's.
     """
     return _is_patched() and ('mod_wsgi' in sys.modules or (
         'uwsgi' in sys.modules
@@ -2841,9 +2840,9 @@ _hubs = {}      # by pid, then by path: one for each
 def _hub_of(settings):
     """The hub of this process on the path; made, if there is none.
 
-    Each step is one, for any threads that get here at once; a hub that was
-    never started is nothing. Where no hook was run at the fork, whoever
-    removes what is left of the parent's closes it.
+    Each step is atomic, for any threads may be here at once; a hub too many
+    was never started, and has nothing open. If a fork ran no hook, whoever
+    pops the parent's hubs closes what they have open.
     """
     pid = os.getpid()
     hubs = _hubs.setdefault(pid, {})
@@ -2867,20 +2866,20 @@ _forker = None      # the pid of the process that is about to fork
 
 def _before_fork():
     global _forker
-    # Not for ever: a log handler that forks may be what the loop waits for.
+    # Not for ever: the loop may hold it, waiting for a log handler that forks.
     _no_fork().acquire(timeout=1)
     _forker = os.getpid()
 
 
 def _after_fork_in_parent():
     global _forker
-    _forker = None      # uWSGI may run the hook for a child alone
-    with contextlib.suppress(RuntimeError):     # it waited in vain
+    _forker = None      # uWSGI may run the child's hook without _before_fork()
+    with contextlib.suppress(RuntimeError):     # acquire() has timed out
         _no_fork().release()
 
 
 def _after_fork_in_child():
-    """Not by the pid: in a namespace of its own it may be the parent's."""
+    """Drop all hubs: in a pid namespace the parent's pid may be ours."""
     _no_forks.clear()
     for pid in list(_hubs):
         for hub in _hubs.pop(pid).values():
@@ -2989,7 +2988,7 @@ class UnixDriver(notifier.Driver):
         try:
             self._configure(cfg.CONF)
         except ValueError as error:     # of an option
-            # In one step: one of the threads that may be here tells.
+            # setdefault() is atomic: of all threads here, only one logs it.
             if self.__dict__.setdefault('_failed', error) is error:
                 try:
                     _start(threading.Thread(

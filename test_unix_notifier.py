@@ -3980,7 +3980,7 @@ class SteppedRelayHub(SteppedHub):
         self.loop.files.close()
 
     def uplink_ends(self):
-        self.loop.fanout.part(self.loop.role._uplink, 'a test')
+        self.loop.role._uplink.ended = 'a test'
         self.turn()
 
     def sources(self):

@@ -382,11 +382,6 @@ def _plain_key(key):
     return _as_text(key) if isinstance(plain, (dict, list)) else plain
 
 
-def _has_gil():
-    """Whether no two threads are in the interpreter at the same time."""
-    return getattr(sys, '_is_gil_enabled', lambda: True)()
-
-
 # The encoder's check for cycles: ids of what is being encoded, by any thread.
 # Two that encode the same at once see a cycle, and fall back: it costs time.
 _markers = {}
@@ -406,7 +401,7 @@ def _make_encoder():
             markers, _plain, json.encoder.encode_basestring_ascii, None, ': ',
             ', ', False, False, False)
 
-    if _has_gil():
+    if getattr(sys, '_is_gil_enabled', lambda: True)():
         encode = make(_markers)
         return lambda value: ''.join(encode(value, 0))
     # Without a GIL none can be shared: to test and to mark are two steps, and
@@ -639,29 +634,27 @@ def _parse_mode(text):
     return int(text, 8)
 
 
-def _at_least(limit):
-    def parse(value):
-        if value < limit:
-            raise ValueError('%d is less than the limit, %d' % (value, limit))
-        return value
-    return parse
+def _at_least(value, limit):
+    if value < limit:
+        raise ValueError('%d is less than the limit, %d' % (value, limit))
+    return value
 
 
 def _read_settings(conf):
     """Read and check the options; a ValueError names one and its limit."""
     group = conf[_GROUP]    # outside read(): its failure is no option's
 
-    def read(name, parse=lambda value: value):
+    def read(name, parse=lambda value: value, *limit):
         try:
-            return parse(group[name])
+            return parse(group[name], *limit)
         except (ValueError, cfg.Error) as error:    # or bad type, bad $option
             raise ValueError('Option %s of [%s]: %s' % (name, _GROUP, error))
 
     return _Settings(read('sock_path', _parse_path),
                      read('sock_mode', _parse_mode),
                      read('sock_group') or None,
-                     read('sock_max_subscribers', _at_least(1)),
-                     read('sock_buffer_size', _at_least(64 * 1024)),
+                     read('sock_max_subscribers', _at_least, 1),
+                     read('sock_buffer_size', _at_least, 64 * 1024),
                      read('sock_mask_secrets'),
                      read('sock_send_context'))
 
@@ -1171,11 +1164,8 @@ def _is_patched():
 def _can_guard():
     """See _guarded(); an OSError: it could not be found out."""
     with _no_fork(), socket.socket(socket.AF_UNIX) as sock:
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, _PASSRIGHTS, 0)
-        except OSError:
-            return False
-        return True
+        return _libc.setsockopt(sock.fileno(), socket.SOL_SOCKET, _PASSRIGHTS,
+                                bytes(4), 4) == 0
 
 
 def _guarded():
@@ -1260,9 +1250,9 @@ _count = ctypes.create_string_buffer(len(_ONE))     # for read(); unused
 class _Event:
     """An eventfd: readable while it is set. Half a socketpair's cost."""
 
-    def __init__(self, fd=None):
-        self._fd = -1 if fd is None else fd
-        if fd is None:
+    def __init__(self, fd=-1):
+        self._fd = fd
+        if fd < 0:
             # On the number of a new socket, which eventlet is told of: in a
             # forked child it takes numbers that we closed for waited for, and
             # would raise at every wait for an eventfd that got one of them.
@@ -1761,8 +1751,7 @@ class _Visits:
         crowd = self.crowd()
         self._next = time.monotonic() + _VISITS_INTERVAL
         self._forget()
-        if crowd:
-            self.at = self._next    # look again
+        self.at = self._next if crowd else None     # to look again
 
     def slow_down(self):
         """Let time pass if visits come without a pause; lines wait, too.
@@ -2059,7 +2048,7 @@ class _Alone:
 class _Seeker:
     """Who would serve the path, and cannot: nobody can connect to us."""
 
-    streams = types.MappingProxyType({})
+    streams = ()
 
     def __init__(self, loop):
         self._loop = loop
@@ -2087,13 +2076,13 @@ class _Leader:
         self._others = loop.others(loop)
         self._door = _Door(loop.files, loop.log, loop.visits)
         self.last_call = self._door.lock    # who comes is for the next leader
+        self.take = self._others.take
         self._places = _Places(loop)
         self.streams = self._places.taken
-        self._look = _no        # at who waits
         self._followed = False  # others go on with the listener
 
     @classmethod
-    def claim(cls, loop, inherit=bool, start=None, take=_Path.take):
+    def claim(cls, loop, inherit=_nothing, start=None, take=_Path.take):
         """Lead from now on, or raise OSError, and leave it to others.
 
         :param inherit: what gives the last leader's listener, if we have it
@@ -2107,7 +2096,7 @@ class _Leader:
         take(loop.path)
         try:
             leader = cls(loop, start)
-            leader._serve(inherit() or None)
+            leader._serve(inherit())
         except BaseException:
             loop.path.give_up()
             raise
@@ -2144,7 +2133,7 @@ class _Leader:
         except OSError:
             self._path.lock.close()     # whoever can may have the path
             raise
-        self._look = _poll(bound.sock.fileno())
+        self._look = _poll(bound.sock.fileno())     # at who waits
         # Before the old listener is closed: see _Inbox. With a _start, who
         # waits will begin at its cursor: nothing after that may be dropped.
         self._loop.inbox.look = (
@@ -2179,9 +2168,6 @@ class _Leader:
 
     def see_off(self, subscriber):
         self._places.clear(subscriber, subscriber.ended)
-
-    def take(self):
-        return self._others.take()
 
     def settle(self):
         """The end of a turn: the gate is shut here alone.
@@ -2234,7 +2220,9 @@ class _Leader:
 
     def let_go(self):
         """Close what is another process's by now, without ending anything."""
-        self._places.let_go()
+        for each in self.streams:
+            self._loop.files.unwatch(each.sock)
+        _close_all(each.sock for each in self.streams)
         self._others.close()
         self._path.give_up(keep=True)
 
@@ -2287,11 +2275,6 @@ class _Places:
             self._loop.fanout.watch(subscriber)
         except OSError as error:    # there is a limit of what is watched
             self.clear(subscriber, error.strerror)
-
-    def let_go(self):
-        for each in self.taken:
-            self._loop.files.unwatch(each.sock)
-        _close_all(each.sock for each in self.taken)
 
     def clear(self, subscriber, reason):
         """End the stream of a subscriber, or take note that it has ended."""
@@ -2354,7 +2337,6 @@ class _Fanout:
         self.again = False      # someone may be sent more at once
         self.drained = False    # someone has read a lot
         self._late = False      # others want the GIL: it is kept where it can
-        self.ended = []         # streams, to be seen off
 
     def take(self, due, handed):
         """Move what is due to the backlog, in its order."""
@@ -2390,10 +2372,14 @@ class _Fanout:
             elif stream.sock is not None:
                 self.watch(stream)      # if that has failed
             if stream.pending() and not stream.ended:
-                self._hold(stream)
+                if stream.trim(self.backlog) and stream.lagging is None:
+                    stream.lagging = stream.lost
+                    self._lags.note(
+                        'lagging by more than %d bytes, losing notifications'
+                        % self.backlog.limit, stream.who)
                 held = max(held, self.backlog.behind(stream.chunk))
                 self.again |= not stream.blocked
-        self.again |= bool(self.ended)
+        self.again |= any(each.ended for each in streams)
         self._share(held)
 
     def _share(self, held):
@@ -2414,7 +2400,7 @@ class _Fanout:
         try:
             stream.flush(self._late)
         except OSError:
-            self.part(stream, 'it is gone')
+            stream.ended = 'it is gone'     # the next turn will see it off
             return
         if time.monotonic() - begin > _GIL_LATE:
             self._late = True
@@ -2425,13 +2411,6 @@ class _Fanout:
                             '; it lost %d notifications' % lost, lost)
             stream.lagging = None
 
-    def _hold(self, stream):
-        """Keep within the bound what the stream has yet to be sent."""
-        if stream.trim(self.backlog) and stream.lagging is None:
-            stream.lagging = stream.lost
-            self._lags.note('lagging by more than %d bytes, losing '
-                            'notifications' % self.backlog.limit, stream.who)
-
     def watch(self, stream):
         self._files.rewatch(stream, self.on_event)
 
@@ -2440,19 +2419,13 @@ class _Fanout:
             return      # earlier in this turn
         if mask & selectors.EVENT_READ:
             self._visits.lately |= stream.visits
-            reason = stream.listen()
-            if reason is not None:
-                self.part(stream, reason)
+            stream.ended = stream.listen()
+            if stream.ended:
                 return
             self.watch(stream)
         if mask & selectors.EVENT_WRITE:
             self.drained = True
             self._send(stream)
-
-    def part(self, stream, reason):
-        """Note that it has ended: the next turn will see it off."""
-        stream.ended = reason
-        self.ended.append(stream)
 
 
 class _Loop:
@@ -2548,10 +2521,8 @@ class _Loop:
         for callback, mask in events:
             if callback is not None:
                 callback(mask)
-        while self.fanout.ended:
-            stream = self.fanout.ended.pop(0)
-            if stream in self.role.streams:     # not of the last role
-                self.role.see_off(stream)
+        for stream in [each for each in self.role.streams if each.ended]:
+            self.role.see_off(stream)
         if time.monotonic() >= (self.retry.at or
                                 self.inbox.checked + _CHECK_INTERVAL):
             self.look_after()
@@ -3537,7 +3508,7 @@ class _Estate:
             self._relay = own(_unix_socket, relay)
             if not self._lock.intact():
                 raise ValueError
-            self._relay.listen(_BACKLOG)    # see _Bequest.pass_path()
+            self._relay.listen(_BACKLOG)    # see _Bequest.pass_on()
         elif self._streams is None:
             file, = fds
             # In few calls: beside busy threads each waits 5 ms for the GIL.
@@ -4947,7 +4918,7 @@ def _arguments(argv):
     try:
         arguments.path = _parse_path(arguments.path, _CONNECT_MAX)
         arguments.event_type = re.compile(arguments.event_type)
-        _at_least(1)(arguments.count)
+        _at_least(arguments.count, 1)
     except (ValueError, re.error) as error:
         parser.error(error)
     return arguments

@@ -1237,7 +1237,7 @@ def _close(sock):
 def _close_all(files):
     """Close them; a child that is forked amid that would keep them open."""
     with _no_fork():
-        for each in files:
+        for each in filter(None, files):
             each.close()
 
 
@@ -3084,11 +3084,6 @@ class _Uplink(_Subscriber):
     def wanted(self):
         return super().wanted() if self.greeted else selectors.EVENT_READ
 
-    def wake_leader(self):
-        """Have it look after its path; as what is pending would, too."""
-        with contextlib.suppress(OSError):
-            self.sock.send(b'-0 look\n', _AT_ONCE)
-
     @staticmethod
     def lost_line(lost, reason):
         return b'-%d %s\n' % (lost, reason.encode('ascii'))
@@ -3162,8 +3157,6 @@ class _LineBuffer:
 class _Source:
     """A follower, as the leader sees it: where lines come from."""
 
-    alive = _Subscriber.alive
-
     def __init__(self, sock, who, uid):
         self.sock = sock
         self.who = who
@@ -3190,14 +3183,14 @@ class _Source:
         return _chunks(block)
 
 
-def _check_peer(sock, path, log):
+def _check_peer(sock, loop):
     """Who it is, as _peer(); a PermissionError, and a line of log: no."""
     who, uid = _peer(sock)
     trusted = {0, os.geteuid()}
     if os.geteuid() == 0:       # who only follows: see _Lock
-        trusted.add(os.stat(os.path.dirname(path)).st_uid)
+        trusted.add(os.stat(os.path.dirname(loop.settings.path)).st_uid)
     if uid not in trusted:
-        log.stranger(who, 'not trusted')
+        loop.log.stranger(who, 'not trusted')
         raise PermissionError
     return who, uid
 
@@ -3247,25 +3240,6 @@ def _let_go(listener, own):
             _hang_up(own(_accept, listener))
 
 
-def _inherit(passed, path, own):
-    """The last leader's listener, if the path is still that socket.
-
-    Needs the lock. An OSError: not yet.
-    """
-    if passed is None:
-        return None
-    if not passed.intact():
-        with contextlib.suppress(OSError), passed.sock as sock:
-            _let_go(sock, own)      # it has lost the path
-        return None
-    # Another may go on with it already, whose lock was removed.
-    path.make_way('.relay')
-    if not path.lock.vacated():
-        _let_go(passed.sock, own)
-    path.lock.write([passed])
-    return passed
-
-
 # What is told of a subscriber beside its cursor.
 _CARRIED = 'who', 'uid', 'half_closed', 'discarded', 'lost', 'lagging'
 
@@ -3309,12 +3283,10 @@ def _inherited(owed, data, tail):
 
 def _memory_file():
     """A file without a name; not by os, where old Pythons lack it."""
-    fd = -1
-    with contextlib.suppress(AttributeError):   # of an old libc
-        fd = _libc.memfd_create(b'unix-notifier', 1)    # MFD_CLOEXEC
-    if fd < 0:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-    return open(fd, 'wb')
+    try:
+        return open(_libc.memfd_create(b'unix-notifier', 1), 'wb')  # CLOEXEC
+    except (AttributeError, ValueError):    # an old libc, or it has failed
+        raise OSError
 
 
 def _first_answer(channels, until):
@@ -3364,7 +3336,7 @@ class _Bequest:
         """The channel on which it may answer."""
         with _no_fork():
             ours, theirs = [
-                self._own(lambda each=each: each) for each in
+                self._own(lambda: each) for each in
                 socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)]
         ours.setblocking(False)
         theirs.setblocking(False)   # there, too: it is the same open file
@@ -3392,7 +3364,18 @@ class _Bequest:
         due = inbox.count()
         self._leader.let_in()
         fanout.take(due, self._relay.take())
-        self._pass(list(self._leader.streams), loop.path, fanout.backlog)
+        streams = list(self._leader.streams)
+        file = self._own(_memory_file)
+        try:
+            file.writelines(_owed(streams, fanout.backlog.tail,
+                                  loop.path.bound['.relay'].identity))
+            file.flush()
+            self._tell(file)
+        finally:
+            _close_all([file])
+        for start in range(0, len(streams), _PASSED_MAX):
+            self._tell(*(each.sock for each
+                         in streams[start:start + _PASSED_MAX]))
         inbox.look = _no
         _send_noted([self._heir.fileno()], b'lost %d' % inbox.left(),
                     self._sent)
@@ -3403,20 +3386,7 @@ class _Bequest:
 
     def close(self):
         """If the last word was not said, the heir hears that it is none."""
-        _close_all(filter(None, (self._heir,)))
-
-    def _pass(self, streams, path, backlog):
-        file = self._own(_memory_file)
-        try:
-            file.writelines(_owed(streams, backlog.tail,
-                                  path.bound['.relay'].identity))
-            file.flush()
-            self._tell(file)
-        finally:
-            _close_all([file])
-        for start in range(0, len(streams), _PASSED_MAX):
-            self._tell(*(each.sock for each
-                         in streams[start:start + _PASSED_MAX]))
+        _close_all([self._heir])
 
     def _tell(self, *files):
         """Pass these, and wait for the answer; or raise OSError."""
@@ -3551,18 +3521,16 @@ class _Estate:
         chunks = _inherited(self._chunks, self._data, tail)
         while self._socks:
             place, offset, received, carried = self._streams.pop(0)
-            start = types.SimpleNamespace(chunk=chunks[place], offset=offset)
-            each = _Subscriber(self._socks.pop(0), backlog, None, start=start)
-            vars(each).update(carried)
-            each.joined -= received + each.lost
+            each = _Subscriber(self._socks.pop(0), backlog, None)
+            vars(each).update(carried, chunk=chunks[place], offset=offset)
+            each.joined = each.chunk.before(offset) - received - each.lost
             yield each
 
     def _close(self):
         """Leave what is left to the leader: nothing is ended, nor unlocked."""
         self.over = True
         self._loop.files.unwatch(self._channel)
-        _close_all(filter(None, (
-            self._channel, self._lock, self._relay, *self._socks)))
+        _close_all((self._channel, self._lock, self._relay, *self._socks))
 
 
 class _Sight:
@@ -3605,13 +3573,24 @@ class _Sight:
         """Whether that listener is still at the path."""
         return self.listener is not None and self.listener.intact()
 
-    def without_a_leader(self, relay_path):
-        """Nobody can connect while there is no socket at the path.
+    def inherit(self):
+        """The last leader's listener, if the path is still that socket.
 
-        To see that takes 3 us, to keep what comes 70.
+        Needs the lock. An OSError: not yet.
         """
-        self.look_at(functools.partial(
-            _is_socket, self._loop.settings.path, relay_path))
+        loop, passed = self._loop, self.listener
+        if passed is None:
+            return None
+        if not passed.intact():
+            with contextlib.suppress(OSError), passed.sock as sock:
+                _let_go(sock, loop.files.own)   # it has lost the path
+            return None
+        # Another may go on with it already, whose lock was removed.
+        loop.path.make_way('.relay')
+        if not loop.path.lock.vacated():
+            _let_go(passed.sock, loop.files.own)
+        loop.path.lock.write([passed])
+        return passed
 
     def settle(self):
         """The end of a turn: ask the kernel who is there.
@@ -3627,7 +3606,8 @@ class _Follower:
     def __init__(self, loop):
         self._loop = loop
         self._relay_path = loop.path.name('.relay')
-        self._uplink = _Uplink(loop.fanout.backlog, self._on_leader)
+        us = weakref.proxy(self)    # a cycle would keep all that is emitted
+        self._uplink = _Uplink(loop.fanout.backlog, lambda: us._on_leader())
         self.streams = {self._uplink: None}
         self._sight = _Sight(loop)
         self.settle = self._sight.settle
@@ -3642,37 +3622,28 @@ class _Follower:
                 raise BlockingIOError(errno.EAGAIN, 'handed on by '
                                       + uplink.who, self._relay_path)
             if self._estate.finish():
-                return self._succeed()
+                if uplink.sock is not None:
+                    self.see_off(uplink)
+                return self._estate.lead(uplink, self._sight.listener)
         if uplink.sock is None:
             try:
-                leader = _Leader.claim(loop, functools.partial(
-                    _inherit, self._sight.listener, loop.path,
-                    loop.files.own), uplink)
+                return _Leader.claim(loop, self._sight.inherit, uplink)
             except OSError as error:
                 if error.errno not in _LED:
                     raise
                 self._follow(error)
-            else:
-                # This role: a cycle, which keeps all that is emitted from now.
-                del uplink.listen
-                return leader
         if not uplink.greeted:
             raise BlockingIOError(errno.EAGAIN, 'no answer from %s'
                                   % uplink.who, self._relay_path)
         if not self.intact() and not uplink.pending():
-            uplink.wake_leader()
+            # Have it look after its path, as what is pending would, too.
+            with contextlib.suppress(OSError):
+                uplink.sock.send(b'-0 look\n', _AT_ONCE)
         return self
 
     def _inherits(self):
         """Whether a leader that leaves is handing on to us, or has."""
         return self._estate is not None and not self._estate.over
-
-    def _succeed(self):
-        if self._uplink.sock is not None:
-            self.see_off(self._uplink)
-        leader = self._estate.lead(self._uplink, self._sight.listener)
-        del self._uplink.listen     # as above
-        return leader
 
     def intact(self):
         return self._sight.intact() and os.path.exists(self._relay_path)
@@ -3684,8 +3655,7 @@ class _Follower:
         try:
             sock.setblocking(False)
             sock.connect(self._relay_path)
-            who, self._uplink.uid = _check_peer(
-                sock, self._relay_path, loop.log)
+            who, self._uplink.uid = _check_peer(sock, loop)
             sock.send(_HELLO + b'\n', socket.MSG_NOSIGNAL)
             self._uplink.sock, self._uplink.who = sock, 'the leader, ' + who
             loop.fanout.watch(self._uplink)
@@ -3713,8 +3683,7 @@ class _Follower:
         try:
             said = _read_leader(self._uplink.sock, self._loop.files.own)
         except BlockingIOError:     # see _Event.clear()
-            self._sight.look_at(look)
-            return None
+            said = ()
         except OSError:
             return 'it is gone'
         except ValueError as error:
@@ -3774,12 +3743,11 @@ class _Follower:
                 or time.monotonic() - uplink.since > _CHECK_INTERVAL):
             self._left_by = uplink.who
             self._hasty.clear()
-            loop.retry.at = time.monotonic()    # at once
         else:           # again, so it was not killed
             self._hasty.fail()
-            loop.retry.at = self._hasty.at
-            if self._hasty.for_long():
-                loop.log.stranger(uplink.who, 'it hangs up each time')
+        loop.retry.at = self._hasty.at or time.monotonic()  # at once
+        if self._hasty.for_long():
+            loop.log.stranger(uplink.who, 'it hangs up each time')
 
     def shut(self, error):
         """Keep what comes, unless nobody can be there to whom we owe it."""
@@ -3793,7 +3761,10 @@ class _Follower:
             return
         if code not in _STARVED:    # or another may lead, whom we owe it
             self._uplink.forget(loop.fanout.backlog)
-        self._sight.without_a_leader(self._relay_path)
+        # Nobody can connect while there is no socket at the path. To see that
+        # takes 3 us, to keep what comes 70.
+        self._sight.look_at(functools.partial(
+            _is_socket, loop.settings.path, self._relay_path))
 
     # The leader has the listener, and the files are closed for us.
     take = accept = cut_off = last_call = close = _nothing
@@ -3808,12 +3779,10 @@ class _Relay:
 
     def __init__(self, loop):
         self._loop = loop
-        self._path = loop.path
         self._presence = loop.files.own(_Event)
         self._shown = False     # whether it is set
         self.sources = {}       # an ordered set
         self._handed = []       # chunks
-        self._listener = None   # the subscribers', which is passed
         self._patience = _PATIENCE  # how often more it waits for readers
 
     def show(self, anyone):
@@ -3822,16 +3791,15 @@ class _Relay:
             (self._presence.set if anyone else self._presence.clear)()
 
     def announce(self, bound):
-        self._listener = bound
         for source in list(self.sources):
-            self._greet(source)
+            self._greet(source, bound)
 
     def look_after(self):
         """Have others find us, or raise OSError."""
-        relay = self._path.bound.get('.relay')
+        path = self._loop.path
+        relay = path.bound.get('.relay')
         if not (relay and relay.intact()):
-            self._path.put(self._path.bind('.relay', backlog=_BACKLOG),
-                           '.relay')
+            path.put(path.bind('.relay', backlog=_BACKLOG), '.relay')
         self._let_in()
 
     def _on_relay(self, _mask):
@@ -3846,7 +3814,7 @@ class _Relay:
         Out of descriptors, they wait, and keep what they have; the relay,
         which would be reported for ever, is not watched until the next try.
         """
-        files, sock = self._loop.files, self._path.bound['.relay'].sock
+        files, sock = self._loop.files, self._loop.path.bound['.relay'].sock
         files.unwatch(sock)
         with contextlib.suppress(BlockingIOError):
             for _ in range(_BACKLOG + 1):
@@ -3856,21 +3824,19 @@ class _Relay:
     def _welcome(self, sock):
         loop = self._loop
         try:
-            source = _Source(sock, *_check_peer(
-                sock, loop.settings.path, loop.log))
+            source = _Source(sock, *_check_peer(sock, loop))
             loop.files.watch(sock, functools.partial(self._on_source, source))
         except OSError:
             _hang_up(sock)
             return
         self.sources[source] = None
-        self._greet(source)
+        self._greet(source, loop.path.bound[''])
 
-    def _greet(self, source):
-        hello = b'%s %s\n' % (
-            _HELLO, json.dumps(self._listener.identity).encode())
+    def _greet(self, source, bound):
+        hello = b'%s %s\n' % (_HELLO, json.dumps(bound.identity).encode())
         try:
             socket.send_fds(source.sock, [hello], [
-                self._listener.sock.fileno(), self._presence.fileno()],
+                bound.sock.fileno(), self._presence.fileno()],
                 socket.MSG_NOSIGNAL)
         except OSError:
             self._drain(source)     # gone, it may have left much to read
@@ -3950,17 +3916,17 @@ class _Relay:
 
     def followed(self):
         # Asked, for one that left just now is still among them.
-        return any(each.alive() for each in self.sources)
+        return any(map(_Subscriber.alive, self.sources))
 
     def cut_off(self):
-        relay = self._path.bound.get('.relay')
+        relay = self._loop.path.bound.get('.relay')
         if relay is not None:
             # Whoever else has it open, such as one that was to be the heir,
             # and is stopped: who waits there would wait for that.
             _libc.shutdown(relay.sock.fileno(), socket.SHUT_RDWR)
             with contextlib.suppress(OSError):
                 _let_go(relay.sock, self._loop.files.own)
-        self._path.free('.relay')
+        self._loop.path.free('.relay')
         self.drain()
 
     def drain(self):
@@ -4079,7 +4045,7 @@ class _ReaderLog:
 
     def __init__(self, path):
         self._path = path
-        self._told = set()      # what need not be told again
+        self.told = set()       # what need not be told again
         self._lost = 0          # notifications, by the records
         self._lost_told = -math.inf     # time.monotonic() when that was told
 
@@ -4088,12 +4054,9 @@ class _ReaderLog:
 
     def once(self, level, text, *args):
         """Once, until a connection has lasted."""
-        if text not in self._told:
-            self._told.add(text)
+        if text not in self.told:
+            self.told.add(text)
             self.say(level, text, *args)
-
-    def lasted(self):
-        self._told.clear()
 
     def refused(self, reason):
         self.once(logging.WARNING, 'refused: %s', reason)
@@ -4299,7 +4262,7 @@ class _Subscription(contextlib.AbstractContextManager, abc.Iterator):
         # Unless it refuses us: it must not be asked, nor be logged, for ever.
         if time.monotonic() > self._gap.lasts_at():
             self._retry.clear()
-            self.log.lasted()
+            self.log.told.clear()
         self._retry.fail()
         self.log.once(logging.INFO, 'disconnected')
 
@@ -4307,8 +4270,7 @@ class _Subscription(contextlib.AbstractContextManager, abc.Iterator):
         if self._sock is not None:
             # No shutdown: it may be a forked child's copy. Nor _close(), where
             # it has no need of a thread: eventlet would not hear of it.
-            (self._sock.close if _guarded() else
-             functools.partial(_close, self._sock))()
+            self._sock.close() if _guarded() else _close(self._sock)
             self._sock = None
 
     def __del__(self):
@@ -4429,29 +4391,21 @@ def _is_of(message, topics):
         for each in (of if isinstance(of, list) else _TOPICS))
 
 
-class _Unsettled:
+class _Unsettled(dict):     # an ordered set
     """What was handed out, the first first. Needs the listener's lock."""
 
-    def __init__(self):
-        self._all = {}          # an ordered set
-        self.size = 0           # bytes
-        self.moved = 0          # time.monotonic(): one came or went
-
-    def __len__(self):
-        return len(self._all)
-
-    def first(self):
-        return next(iter(self._all))
+    size = 0        # bytes
+    moved = 0       # time.monotonic(): one came or went
 
     def add(self, incoming):
         self.moved = time.monotonic()
-        self._all[incoming] = True
+        self[incoming] = True
         self.size += incoming.size
         return incoming
 
     def remove(self, incoming):
         self.moved = time.monotonic()
-        if self._all.pop(incoming, False):
+        if self.pop(incoming, False):
             self.size -= incoming.size
 
 
@@ -4483,12 +4437,6 @@ class _PutOff:
         incoming = self._queues[delay].popleft()[1]
         self.size -= incoming.size
         return incoming
-
-    def clear(self):
-        """How many there were."""
-        count = len(self)
-        self.__init__()
-        return count
 
 
 class _Listener(_base.PollStyleListener):
@@ -4543,7 +4491,7 @@ class _Listener(_base.PollStyleListener):
         """
         self._subscription.close()
         with self._lock:
-            dropped = self._put_off.clear()
+            dropped, self._put_off = len(self._put_off), _PutOff()
         if dropped:
             self._subscription.log.once(
                 logging.WARNING, 'the listener stops; what was requeued (%d) '
@@ -4642,7 +4590,7 @@ class _Listener(_base.PollStyleListener):
         with self._lock:
             worst = self._worst
             if full and now - self._unsettled.moved >= _STUCK_FIRST:
-                worst = self._unsettled.first()
+                worst = next(iter(self._unsettled))
             if worst is None:
                 self._tell_pause = _STUCK_FIRST
                 self._tell_at = min(self._tell_at, now + _STUCK_FIRST)
@@ -4657,9 +4605,8 @@ class _Listener(_base.PollStyleListener):
 
     def _is_wanted(self, message):
         event_type = message.get('event_type')
-        if event_type == _REFUSED:
-            return False        # it was logged
-        if not (event_type in _CONTROL or _is_of(message, self._topics)):
+        if event_type == _REFUSED or not (      # that was logged
+                event_type in _CONTROL or _is_of(message, self._topics)):
             return False
         if isinstance(message.get('priority'), str):
             return True
@@ -4700,8 +4647,6 @@ class UnixTransportDriver(_base.BaseDriver):
         """
         super().__init__(conf, url, default_exchange, allowed_remote_exmods)
         try:
-            if url.hosts:
-                raise ValueError('%r: a unix:// URI has no host' % str(url))
             self._path = _parse_path(str(url), _CONNECT_MAX)
         except ValueError as error:
             raise oslo_messaging.InvalidTransportURL(str(url), str(error))
@@ -4791,7 +4736,7 @@ def _fields(message):
     ids = (each for each in _ids(inner, _word(message.get('event_type')))
            if each and isinstance(each, (str, int)))
     if message.get('event_type') in _CONTROL:
-        ids = iter([_strict(payload)[:-1].decode()])
+        ids = [_strict(payload)[:-1].decode()]
     fields = [message.get(key) for key in (
         'timestamp', 'priority', 'event_type', 'publisher_id')]
     return list(map(_printable, (*fields, *itertools.islice(ids, 1))))
@@ -4851,9 +4796,8 @@ class _Terminal:
     def line(self, message):
         """None of a refusal that follows one: there is one a second."""
         event_type = message.get('event_type')
-        again = self._refused and event_type == _REFUSED
-        self._refused = event_type == _REFUSED
-        if again:
+        again, self._refused = self._refused, event_type == _REFUSED
+        if again and self._refused:
             return b''
         width = shutil.get_terminal_size().columns
         stamp, *fields = _fields(message)

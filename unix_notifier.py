@@ -30,8 +30,8 @@ What a subscriber can rely on:
   some were dropped, a ``notifications.lost`` record stands in their place
   and says how many. A subscriber that lags behind by more than
   ``sock_buffer_size`` loses its oldest lines, not its connection.
-* Not covered is what a killed process had not handed on yet, and what a
-  process could not hand on within its last second.
+* Not covered is what a killed process had not sent yet, and what a process
+  that exits could not send within the second that it is given for that.
 
 ``subscribe()``, the transport ``unix://`` for notification listeners, and
 ``python -m unix_notifier`` are such subscribers, which come back by
@@ -2986,46 +2986,46 @@ class UnixDriver(notifier.Driver):
 # object does, is for the leader: '-12 reason' stands for 12 notifications
 # that were lost, '-0 ...' for none, and only wakes it.
 #
-# A follower misses no subscriber either. It looks at the listener first, then
-# at the presence, then at the uplink. Who connects waits at the listener until
-# it is accepted; the leader raises the presence before that, and lowers it at
-# the end of a turn, if nobody is there. So who has left the listener when that
-# is looked at is found by the presence, which comes later. A new listener
-# listens once the hello that passes it has been sent: this waits at the
-# uplink, and while it is heard the gate is open. The rest is in _Inbox.
+# A follower misses no subscriber either. It polls listener, presence and
+# uplink, in this order. Who connects waits at the listener until it is
+# accepted; the leader raises the presence before that, and lowers it at the
+# end of a turn if nobody is there. So who was accepted before the listener was
+# polled is found by the presence, polled later. A new listener listens only
+# once the hello that passes it was sent: unread, this makes the uplink
+# readable; while it is read, the gate is open. The rest is in _Inbox.
 #
 # When the uplink ends, the followers try the lock. Who gets it goes on with
 # the listener that it was passed, so that nobody in its backlog is stranded;
-# the others follow the new leader. What an uplink has not sent is kept. If
-# the lock does not say that the last leader left in good order, what that had
-# taken in is lost, and who waits by then sees the end of the stream, as those
-# do whom it had accepted.
+# the others follow the new leader. What an uplink has not sent is kept. Unless
+# the lock says that the last leader left in good order, the lines that it had
+# read are lost: whoever waits at the listener sees the end of the stream, as
+# do those whom it had accepted.
 #
-# A leader that leaves in good order asks its followers for an heir, and
-# passes each who could be one a channel of its own. The first to answer is
-# passed everything: the lock, for a flock belongs to the open file and so is
-# never free; the relay, at which the other followers wait; what subscribers
-# are owed; and they. Each message is answered. Until the last, which bears
-# how much the leader dropped meanwhile, all is the leader's, and the heir
-# touches nothing: if either ends before that, all goes on as without an heir.
-# With it, all is the heir's. What it has itself goes behind what is owed.
+# A leader that leaves in good order asks its followers for an heir, and passes
+# each that could be one a socket, the channel, for its answer. The first to
+# answer is passed the lock (a flock belongs to the open file, so it is never
+# free), the relay, where the other followers wait, what subscribers are owed,
+# and their sockets. It answers each message but the last, which says how many
+# lines the leader dropped meanwhile. Before that the heir touches nothing: if
+# either ends, all goes on as without an heir. With the last message all is the
+# heir's; its own lines go behind what is owed.
 
 _HELLO = b'unix-notifier relay 2'
 _ASK = _HELLO + b' heir?\n'
 _YES = b'yes'
 
-# Followers that are asked, the newest, which are not the next to leave;
-# seconds in which they answer; and descriptors in a message: the kernel takes
-# 253 at a time, and of a user as many as one process may have open.
+# Followers that are asked: the newest, as the least likely to leave next;
+# seconds that they have to answer; descriptors in a message: the kernel takes
+# 253, and holds, of one user, as many as one process may have open.
 _ASKED_MAX = 16
 _ANSWER_TIME = 0.1
 _PASSED_MAX = 64
 
-# How often a leader, far ahead of all subscribers, gives way to them: 1 to 2
-# ms, in which a reader takes megabytes, and which a stopped one costs once.
+# Naps in a row of a leader far ahead of all subscribers, 1 to 2 ms in all: a
+# reader takes megabytes meanwhile, a stopped one costs them once.
 _PATIENCE = 20
 
-# What a leader says; control lines that stand together, and each of them.
+# A leader's hello; control lines of a follower that stand together, and each.
 _WELCOME = re.compile(_HELLO + rb' \[(\d+), (\d+), (\d+)\]\n')
 _LOSSES = re.compile(rb'^(?:-\d{1,18} [ -~]{0,80}\n)++', re.MULTILINE)
 _LOSS = re.compile(rb'-(\d+) (.*)\n')
@@ -3033,16 +3033,16 @@ _LOSS = re.compile(rb'-(\d+) (.*)\n')
 # What a leader says last to its heir.
 _LAST = re.compile(rb'lost (\d{1,18})')
 
-# Places at which what a follower sends at a time may have records, which take
-# 40 us each. Who drops lines takes a turn between two, so there are fewer.
+# Gaps in one read of a follower that get a record each, at 40 us; more are
+# joined. Who drops lines takes a turn between two, so there are fewer.
 _GAPS_MAX = 256
 
 
 def _chunks(block):
-    """Whole lines of a follower as chunks: what _Backlog.append() takes.
+    """Yield a follower's whole lines as arguments of _Backlog.append().
 
-    Losses that stand together make one record. A ValueError, once what
-    precedes it was given: it speaks nonsense.
+    Losses that stand together make one record. A malformed control line
+    raises ValueError, once what precedes it was yielded.
     """
     if block.count(b'\n-') > _GAPS_MAX:
         block = b''.join(_LOSSES.findall(block)) + _LOSSES.sub(b'', block)
@@ -3072,11 +3072,11 @@ class _Uplink(_Subscriber):
     """
 
     slow = 'relay stalled'
-    visits = False      # or an heir would rest: a pause of 8.7 ms, not 4.7
+    visits = False      # or slow_down() makes a hand-over 8.7 ms, not 4.7
 
     def __init__(self, backlog, listen):
         super().__init__(None, backlog, 'the leader')
-        self.listen = listen    # the hub's: what it hears is for its gate
+        self.listen = listen    # the follower's: a hello changes its gate
         self.greeted = False    # the leader has said hello
         self.since = 0          # time.monotonic() when it last did
         self.blocked = True
@@ -3092,8 +3092,8 @@ class _Uplink(_Subscriber):
         """Keep what was not sent.
 
         A half-sent line goes whole to the next leader: its LF never left, so
-        the last one has dropped it. Who sends a record next may not be an
-        uplink, and writes it anew.
+        the last leader has dropped it. Records lose their text: if we lead
+        next, subscribers need it in another format.
         """
         self.sock, self.mask, self.ended = None, 0, None
         self.greeted, self.blocked = False, True
@@ -3123,8 +3123,8 @@ class _LineBuffer:
 
     def __init__(self, limit=_LINE_MAX):
         self._limit = limit
-        # Of a line whose end has not come. In one, for pieces of one or two
-        # bytes, in a list, take thirty times the memory.
+        # The start of a line, in one object: pieces of one or two bytes in a
+        # list would take thirty times the memory.
         self._rest = bytearray()
         self._most = _RECV_MIN  # bytes to receive at a time
 
@@ -3168,8 +3168,8 @@ class _Source:
         """Chunks that have come. An OSError, or EOFError: it is gone.
 
         A line without its end is dropped: the follower sends it again, to
-        the next leader, or was killed. A ValueError, perhaps once some were
-        taken, which extends a list by those: it speaks nonsense.
+        the next leader, or was killed. Nonsense raises a ValueError, maybe
+        only as the caller extends a list, which then has what preceded it.
         """
         block = self._buffer.receive(self.sock)
         if self._buffer.too_long():
@@ -3187,7 +3187,7 @@ def _check_peer(sock, loop):
     """Who it is, as _peer(); a PermissionError, and a line of log: no."""
     who, uid = _peer(sock)
     trusted = {0, os.geteuid()}
-    if os.geteuid() == 0:       # who only follows: see _Lock
+    if os.geteuid() == 0:       # root only follows: see _Lock._refuse_root()
         trusted.add(os.stat(os.path.dirname(loop.settings.path)).st_uid)
     if uid not in trusted:
         loop.log.stranger(who, 'not trusted')
@@ -3196,8 +3196,8 @@ def _check_peer(sock, loop):
 
 
 def _receive(sock, most):
-    """A message, and what descriptors come with it; during no fork."""
-    # Not recv_fds(), which leaves them to whoever is started meanwhile.
+    """A message, and its descriptors. Needs _no_fork()."""
+    # Not recv_fds(), whose descriptors a program started meanwhile inherits.
     data, passed, _, _ = sock.recvmsg(
         4096, socket.CMSG_LEN(most * 4), socket.MSG_CMSG_CLOEXEC)
     return data, [fd for _, _, each in passed
@@ -3205,10 +3205,10 @@ def _receive(sock, most):
 
 
 def _read_leader(sock, own):
-    """What a leader says. A hello: identity of a listener, it, the presence.
+    """Read a hello: identity of the listener, the listener, the presence.
 
-    It asks for an heir: the channel; nothing if we are out of descriptors.
-    A ValueError: it is neither that comes. An OSError: nothing does.
+    Or the question for an heir: [channel], or [] if out of descriptors.
+    A ValueError: it is neither. An OSError: nothing comes.
     """
     with _no_fork():
         data, fds = _receive(sock, 2)
@@ -3223,7 +3223,7 @@ def _read_leader(sock, own):
             os.close(fd)
     if not data:
         raise ConnectionResetError
-    # Without its descriptors, if we are out of them.
+    # Or a hello whose descriptors did not come, for we are out of them.
     raise ValueError('%r is not the protocol %r, with two descriptors' % (
         data[:80], _HELLO))
 
@@ -3282,7 +3282,7 @@ def _inherited(owed, data, tail):
 
 
 def _memory_file():
-    """A file without a name; not by os, where old Pythons lack it."""
+    """A memory file. A Python built with an old libc lacks os.memfd_create."""
     try:
         return open(_libc.memfd_create(b'unix-notifier', 1), 'wb')  # CLOEXEC
     except (AttributeError, ValueError):    # an old libc, or it has failed
@@ -3317,7 +3317,7 @@ class _Bequest:
         self._own = own
         self._until = until     # time.monotonic()
         self._heir = None       # the channel to it
-        self._sent = []         # bytes of the last word
+        self._sent = []         # what send() returned of the last message
 
     def ask(self):
         """Which of the followers will be the heir; None: nobody."""
@@ -3351,13 +3351,13 @@ class _Bequest:
         return ours
 
     def pass_on(self, loop):
-        """Pass everything, as far as it goes; then see passed().
+        """Pass everything, or raise OSError; passed() tells what it came to.
 
-        As in a turn: what is due, then who has come, for they get it, too.
+        As in a turn: see what is due, then let in who has come, as owed it.
         """
         inbox, fanout = loop.inbox, loop.fanout
-        # Before the followers are drained, who come back at once: from here on
-        # the kernel tells them that it is the heir whom they follow.
+        # Before the followers are drained, for they reconnect at once: the
+        # heir listens by then, so the kernel names it as their leader.
         self._tell(loop.path.lock, loop.path.bound['.relay'].sock)
         self._relay.drain()
         fanout.take_rest(self._leader.streams)
@@ -3408,19 +3408,19 @@ class _Estate:
         self._identity = self._chunks = self._streams = None
         self._data = b''
         self._socks = []        # of the streams
-        self._lost = None       # by the leader meanwhile, once all is ours
+        self._lost = None       # what the last message says: all is ours
         self.over = False       # nothing came of it, or all was taken
-        loop.retry.at = time.monotonic()    # look_after(), again and again
+        loop.retry.at = time.monotonic()    # look_after(), until it is over
         self._until = loop.retry.at + _EXIT_TIME
         loop.files.watch(channel, self._on_message)
         self._answer()
 
     def _is_open(self):
-        """Whether more of it is to come, till it is ours, or will not be."""
+        """Whether messages are to come: it is neither ours, nor over."""
         return not self.over and self._lost is None
 
     def is_coming(self):
-        """Whether more is, and the leader has time left."""
+        """Whether messages are to come, and the leader has time for them."""
         return self._is_open() and time.monotonic() <= self._until
 
     def _answer(self):
@@ -3432,7 +3432,7 @@ class _Estate:
         try:
             if self._is_open():
                 self._take_message()
-        except BlockingIOError:     # see _Event.clear()
+        except BlockingIOError:     # eventlet: see _Event.clear()
             return
         except (OSError, ValueError, TypeError):
             self._close()
@@ -3440,9 +3440,9 @@ class _Estate:
             self._loop.retry.at = time.monotonic()  # look_after(), at once
 
     def finish(self):
-        """Whether it is ours: it will not be, unless the last word has come.
+        """Whether it is ours: if the last message was sent by now.
 
-        What is sent from here on fails; what was sent can be read.
+        What the leader sends from here on fails; what was sent is read.
         """
         if not self.over:
             self._channel.shutdown(socket.SHUT_RD)
@@ -3466,7 +3466,7 @@ class _Estate:
         last = _LAST.fullmatch(data)
         if not (last and self._streams is not None
                 and len(self._socks) == len(self._streams)):
-            raise ValueError    # or it is the end
+            raise ValueError    # nonsense, or the channel has ended
         self._lost = int(last[1])
 
     def _take_in(self, *fds):
@@ -3492,7 +3492,7 @@ class _Estate:
     def lead(self, uplink, listener):
         """Be the leader, with all that the last one had: returns the role.
 
-        :param uplink: what it is still to be sent goes behind that
+        :param uplink: ours; what it has not sent goes behind what is owed
         """
         loop = self._loop
         uplink.precede(self._lost, 'leader left')
@@ -3513,11 +3513,11 @@ class _Estate:
         path.put(_Bound(path.name('.relay'), self._relay, self._identity),
                  '.relay')
         self._relay = None
-        with contextlib.suppress(OSError):  # full; all but the pid is there
+        with contextlib.suppress(OSError):  # disk full: only the pid is wrong
             path.lock.write()
 
     def subscribers(self, tail, backlog):
-        """Those that were passed, at what they are owed, ahead of a chunk."""
+        """Yield who was passed; what they are owed precedes ``tail``."""
         chunks = _inherited(self._chunks, self._data, tail)
         while self._socks:
             place, offset, received, carried = self._streams.pop(0)
@@ -3557,8 +3557,8 @@ class _Sight:
         loop = self._loop
         look = _poll(sock.fileno(), presence.fileno(), uplink.fileno())
         if loop.starves:
-            # It would hear late of the leader's end, and hold its listener
-            # meanwhile, at which others would wait in vain.
+            # Without a loop we would hear late of the leader's end, and hold
+            # open its listener, at which others would wait in vain.
             sock.close()
             look = _yes
         self.look_at(look)
@@ -3585,7 +3585,7 @@ class _Sight:
             with contextlib.suppress(OSError), passed.sock as sock:
                 _let_go(sock, loop.files.own)   # it has lost the path
             return None
-        # Another may go on with it already, whose lock was removed.
+        # Raises while another, whose lock was removed, goes on with the listener.
         loop.path.make_way('.relay')
         if not loop.path.lock.vacated():
             _let_go(passed.sock, loop.files.own)
@@ -3636,7 +3636,7 @@ class _Follower:
             raise BlockingIOError(errno.EAGAIN, 'no answer from %s'
                                   % uplink.who, self._relay_path)
         if not self.intact() and not uplink.pending():
-            # Have it look after its path, as what is pending would, too.
+            # Have the leader check its path, as any line sent to it does.
             with contextlib.suppress(OSError):
                 uplink.sock.send(b'-0 look\n', _AT_ONCE)
         return self
@@ -3651,7 +3651,7 @@ class _Follower:
     def _follow(self, error):
         """Connect to the leader, who answers with a hello; or raise."""
         loop = self._loop
-        sock = loop.files.own(socket.socket, socket.AF_UNIX)  # is passed two
+        sock = loop.files.own(socket.socket, socket.AF_UNIX)  # unguarded
         try:
             sock.setblocking(False)
             sock.connect(self._relay_path)
@@ -3664,25 +3664,25 @@ class _Follower:
             sock.close()
             if reason.errno == errno.ENOENT and loop.retry.for_long():
                 # A leader that has lost its relay does not notice while there
-                # is nothing to do. So knock; not sooner than it would look,
-                # nor at one that is about to leave.
+                # is nothing to do. So wake it by a connection; not before it
+                # would look itself, nor if it is about to leave.
                 _answers(loop.settings.path)
             raise error
 
     def hear(self, _mask):
-        """Take what the leader has sent, where no selector is asked."""
+        """Take what the leader has sent, where there is no loop to do it."""
         if self._uplink.sock is not None:
             self._loop.fanout.on_event(self._uplink, selectors.EVENT_READ)
             self._uplink.blocked = not self._uplink.greeted
 
     def _on_leader(self):
-        """Hear a hello, again when the listener is new; or why to part."""
-        # Open, for a new hello is one of the things that the gate looks at.
+        """Read a hello, one for each new listener, or _ASK; why to part."""
+        # The gate opens first, for it looks for an unread hello, too.
         look = self._sight.look
         self._sight.look_at(_yes)
         try:
             said = _read_leader(self._uplink.sock, self._loop.files.own)
-        except BlockingIOError:     # see _Event.clear()
+        except BlockingIOError:     # eventlet: see _Event.clear()
             said = ()
         except OSError:
             return 'it is gone'
@@ -3698,10 +3698,10 @@ class _Follower:
         return None
 
     def _answer(self, channel):
-        """Say that we would be the leader's heir, if so it is.
+        """Say that we would be the leader's heir, or close the channel: no.
 
-        Not who leaves, nor who has no loop, nor root for another user, whose
-        files it would write to: a channel that is closed says so.
+        No: who leaves, who has no loop, and root for another user, whose
+        files it would write to.
         """
         loop, uplink = self._loop, self._uplink
         if not (self._inherits() or loop.closing or loop.starves
@@ -3712,7 +3712,7 @@ class _Follower:
         _close_all([channel])
 
     def hand_on(self, until):
-        """Who leaves is nobody's heir; if it is one already, it hands on."""
+        """Hand on what was handed to us, if all of it came; else be no heir."""
         if not (self._estate and self._estate.finish()):
             return False
         self._loop.fanout.take_rest(self.streams)
@@ -3728,7 +3728,7 @@ class _Follower:
             if not anyone:
                 uplink.forget(loop.fanout.backlog)    # nobody is owed it
         uplink.greeted, uplink.blocked = True, False
-        uplink.since = loop.retry.at = time.monotonic()     # all is well
+        uplink.since = loop.retry.at = time.monotonic()     # look_after() now
 
     def see_off(self, uplink):
         """The leader has gone. What it is owed is kept for the next."""
@@ -3738,7 +3738,7 @@ class _Follower:
         sock.close()
         uplink.disconnect()
         if not greeted:
-            return      # it is tried again when due, not without end
+            return      # to be tried when due: at once might go on for ever
         if (uplink.who != self._left_by
                 or time.monotonic() - uplink.since > _CHECK_INTERVAL):
             self._left_by = uplink.who
@@ -3759,7 +3759,7 @@ class _Follower:
                 or self._sight.intact()):
             self._sight.look_at(_yes)
             return
-        if code not in _STARVED:    # or another may lead, whom we owe it
+        if code not in _STARVED:    # with no descriptors, another may lead
             self._uplink.forget(loop.fanout.backlog)
         # Nobody can connect while there is no socket at the path. To see that
         # takes 3 us, to keep what comes 70.
@@ -3848,7 +3848,7 @@ class _Relay:
         try:
             self._handed += source.read()
         except BlockingIOError:
-            pass        # see _Event.clear()
+            pass        # eventlet: see _Event.clear()
         except (OSError, EOFError):
             self._dismiss(source)
         except ValueError as error:
@@ -3867,9 +3867,9 @@ class _Relay:
     def give_time(self, streams, fanout):
         """Let subscribers read, before more is taken in for them.
 
-        A turn takes in 200 KB from each follower, as much as the kernel
-        holds, and sends as much: of what eight busy processes emit, a reader
-        in Python would lose 76 %, not 43. Not for long, unless they do read.
+        A turn takes in 200 KB, what the kernel holds, from each follower, but
+        sends a subscriber no more: of what eight busy processes emit a reader
+        in Python would lose 76 %, not 43. It soon stops if nobody reads.
         """
         if fanout.drained:
             self._patience, fanout.drained = _PATIENCE, False
@@ -3907,7 +3907,7 @@ class _Relay:
             return bequest.passed()
 
     def _meet(self):
-        """Hear who has come by now; whether anybody is there."""
+        """Let in followers, and read their hellos; whether there are any."""
         self._let_in()
         for each in list(self.sources):
             if not each.greeted:
@@ -3921,8 +3921,9 @@ class _Relay:
     def cut_off(self):
         relay = self._loop.path.bound.get('.relay')
         if relay is not None:
-            # Whoever else has it open, such as one that was to be the heir,
-            # and is stopped: who waits there would wait for that.
+            # Not only closed: if another has it open, such as a stopped
+            # process that was to be the heir, those who wait there would wait
+            # for that.
             _libc.shutdown(relay.sock.fileno(), socket.SHUT_RDWR)
             with contextlib.suppress(OSError):
                 _let_go(relay.sock, self._loop.files.own)
@@ -3955,19 +3956,19 @@ _Loop.seek, _Loop.others = _Follower, _Relay
 # CONSUMERS: whoever reads the socket
 # ---------------------------------------------------------------------------
 #
-# A subscription is a connection that comes back, and the lines on it. The
-# iterator, the listener of the transport and the command line are built on
-# it. Losses are the publisher's to report, as records in the stream: who
-# does not keep up stops reading, and hears of them. What is missed between two
-# connections nobody could count: of that, each makes a record itself.
+# A subscription: a connection that is made anew when it ends, and its lines.
+# The iterator, the listener of the transport and the command line are built on
+# it. Losses are the publisher's to report, as records in the stream: a reader
+# that does not keep up stops reading, and is told. What is missed between two
+# connections nobody can count: the subscription makes a record of that.
 
 _LOST = 'notifications.lost'
 _REFUSED = 'notifications.refused'
 _INTERRUPTED = 'notifications.interrupted'
 _CONTROL = (_LOST, _REFUSED, _INTERRUPTED)
 
-# Seconds: a wait for the socket that took longer began with nothing there, and
-# the stream had not ended by then. One that finds something takes 10 us.
+# Seconds. A wait that took longer began with all read, and the stream not
+# ended; one that finds something takes 10 us.
 _WAITED = 1e-3
 
 # NaN and infinities are no JSON: null, as the driver sends it.
@@ -3985,16 +3986,16 @@ _LOST_MAX = 10 ** 12
 # nor requeued. Upstream's server would take them without a bound.
 _UNSETTLED_MAX = 100
 
-# Bytes of the lines, each as a KiB at least, of which messages are handed
-# out; and as many of those that were requeued and wait.
+# Bytes of lines, each counted as a KiB at least, of the messages that are
+# handed out; and, beside these, of those that were requeued and wait.
 _HELD_MAX = 8 * 1024 * 1024
 
 # Seconds after which a requeued message returns: doubling, from and up to.
 _REQUEUE_FIRST = 1
 _REQUEUE_MAX = 30
 
-# Seconds without progress after which the log says so: doubling, up to what
-# a trouble of the driver does.
+# Seconds without progress after which the log says so, and then from time to
+# time: doubling, up to _AGAIN_MAX.
 _STUCK_FIRST = 10
 
 # Only the transport derives from it; without it, only that one is lost.
@@ -4010,7 +4011,7 @@ def _word(value):
 
 
 def _printable(text, limit=200):
-    """On its line, and harmless to a terminal and a log, whatever it is."""
+    """Any value, on one line, and harmless to a terminal and a log."""
     text = _word(text)
     text = text if len(text) <= limit else text[:limit] + '...'
     return text if text.isprintable() else ascii(text)[1:-1]
@@ -4080,10 +4081,10 @@ class _Gap:
     """What a reader may have missed between two connections."""
 
     def __init__(self):
-        self._seen_until = 0    # time.monotonic(): nothing before it was
-        self._since = None      # the same, while the gap is untold
+        self._seen_until = 0    # time.monotonic(): nothing is missed before
+        self._since = None      # that, when the stream ended; None: no gap
         self._reason = None
-        self._refusal = None    # the reason, once this connection got one
+        self._refusal = None    # why this connection was refused, if it was
 
     def __bool__(self):
         return self._since is not None
@@ -4109,10 +4110,10 @@ class _Gap:
         return self._at + _Backoff.MAX
 
     def is_over(self, first):
-        """Whether this connection lasts, or is refused, too.
+        """Whether the gap has ended: this connection lasts.
 
-        That is known by its first line, or by a second without any. Till
-        then the gap goes on.
+        It does if its first line is no refusal, or a second passes without
+        any. Till then the gap goes on.
         """
         if first is None:
             return time.monotonic() >= self.lasts_at()
@@ -4126,8 +4127,8 @@ class _Gap:
 
 def _select(until, waker, sock):
     """Which of them, if any, can be read; and how long that took."""
-    # Not epoll, which a forked child shares: what it took out there, when it
-    # closed its copy, we would await for ever. eventlet has no poll().
+    # Not epoll, which forked children share: one that closes its copy takes it
+    # out for us, too: we would wait for ever. eventlet has no poll().
     selector = getattr(selectors, 'PollSelector', selectors.DefaultSelector)()
     selector.register(waker, selectors.EVENT_READ)
     if sock is not None:
@@ -4151,11 +4152,11 @@ class _Subscription(contextlib.AbstractContextManager, abc.Iterator):
         self._reconnect = reconnect
         self._max_line = max_line
         self.closed = False     # for good: no more will come
-        self._reading = threading.Lock()    # by who reads, or disconnects
+        self._reading = threading.Lock()    # held to read, or to disconnect
         self._gap = _Gap()
-        # That came and were not taken; None for the record of a gap.
+        # Received and not taken yet; None stands for the record of a gap.
         self._lines = collections.deque()
-        self._retry = _Backoff()    # its delay outlasts a connection
+        self._retry = _Backoff()    # cleared when a connection has lasted
         self.log = _ReaderLog(self.path)
         self._waker = _Event()
         self.wake = self._waker.set     # have take() return early, once
@@ -4183,7 +4184,7 @@ class _Subscription(contextlib.AbstractContextManager, abc.Iterator):
             self._reading.release()
 
     def take(self, deadline=math.inf, paused=False):
-        """The next message, or None: in time, or after wake(), there is none.
+        """The next message, or None: none came in time, or before wake().
 
         What had come before close() is still handed out.
 
@@ -4200,7 +4201,7 @@ class _Subscription(contextlib.AbstractContextManager, abc.Iterator):
                 elif self.closed or not self._wait(deadline, paused):
                     break
         if self.closed:
-            self.close()    # whoever called it found us reading
+            self.close()    # it was called while we held the lock
         return message
 
     def _wait(self, deadline, paused):
@@ -4259,7 +4260,7 @@ class _Subscription(contextlib.AbstractContextManager, abc.Iterator):
         self._gap.begin(reason)
         if not self._reconnect:
             self.closed = True
-        # Unless it refuses us: it must not be asked, nor be logged, for ever.
+        # Not after a refusal: it would be asked, and logged, without a pause.
         if time.monotonic() > self._gap.lasts_at():
             self._retry.clear()
             self.log.told.clear()
@@ -4384,7 +4385,7 @@ class _Incoming(_base.IncomingMessage):
 
 
 def _is_of(message, topics):
-    """Whether a broker would have it in a queue of these; None: of all."""
+    """Whether it is of one of the topics, as at a broker; None: of any."""
     of = message.get('topics')
     return topics is None or any(
         isinstance(each, str) and each in topics
@@ -4453,10 +4454,10 @@ class _Listener(_base.PollStyleListener):
         self._lock = threading.Lock()   # guards what follows
         self._unsettled = _Unsettled()
         self._put_off = _PutOff()
-        self._is_new = True     # whether what came last was: by turns
-        self._record = None     # of what was given up, while it waits there
-        self._record_at = -math.inf     # when the last was due
-        self._worst = None      # of what was requeued again and again
+        self._is_new = True     # or a requeued one came last: they take turns
+        self._record = None     # of what was given up, while in _put_off
+        self._record_at = -math.inf     # when the last record was due
+        self._worst = None      # requeued most often, if more than twice
         self._tell_at = 0       # when to say again what is stuck
         self._tell_pause = _STUCK_FIRST
 
@@ -4485,7 +4486,7 @@ class _Listener(_base.PollStyleListener):
             self.stop()
 
     def stop(self):
-        """Have poll() return what it holds, and no more than has come.
+        """Have poll() return what was received by now, and then nothing.
 
         The connection goes now: designate-sink never calls cleanup().
         """
@@ -4504,8 +4505,8 @@ class _Listener(_base.PollStyleListener):
     def _give_up(self):
         """Drop what was put off for longest, and have a record tell of it.
 
-        That waits its turn as well, a second after the last at least, for
-        who is told may requeue it, too.
+        The record is put off, too, to a second after the last at least: an
+        endpoint may requeue it as well.
         """
         incoming = self._put_off.pop(self._put_off.last_due())
         lost = 1
@@ -4525,8 +4526,8 @@ class _Listener(_base.PollStyleListener):
     def poll(self, timeout=None, batch_size=1, batch_timeout=None):
         """See PollStyleListener. Without batch_size: whatever has come.
 
-        What was requeued returns alone: not for ever in one batch with what
-        has it fail.
+        A requeued message is a batch of its own: in one with a message that
+        makes it fail it might stay for ever.
         """
         if batch_size is None and batch_timeout is None:
             batch_timeout = 0
@@ -4553,7 +4554,7 @@ class _Listener(_base.PollStyleListener):
                 full = (len(self._unsettled) >= self._limit
                         or self._unsettled.size >= _HELD_MAX)
                 if full and len(self._unsettled) == len(batch):
-                    return None     # nobody else could make room
+                    return None     # all are in this batch: none gets settled
                 until, delay = self._put_off.first_due()
                 if until <= time.monotonic() and not full:
                     if batch:
@@ -4567,7 +4568,7 @@ class _Listener(_base.PollStyleListener):
                 self._complain(full)
             message = self._subscription.take(min(deadline, until),
                                               paused=full)
-            self._is_new = True     # or there was none
+            self._is_new = True     # or none came: a requeued one is next
             if message is not None and self._is_wanted(message):
                 with self._lock:
                     return self._unsettled.add(_Incoming(
@@ -4630,11 +4631,11 @@ class UnixTransportDriver(_base.BaseDriver):
         [oslo_messaging_notifications]
         transport_url = unix:///run/nova/notifications.sock
 
-    Every listener gets every notification of the topics of its targets, or
-    of all by ``*``, once, and a record, with priority warn, of those that it
-    lost, and one of each time that it was cut off. It waits for the service,
-    and reconnects. At most 100 messages, or one batch, wait for being
-    acknowledged; a requeued one returns after 1 s, doubling to 30 s.
+    Every listener gets, once, every notification of its targets' topics, or
+    of any with ``*``; and a record, with priority warn, of what it lost, and
+    of each interruption. It waits for the service, and reconnects. At most
+    100 messages, or one batch, are unacknowledged at a time; a requeued one
+    returns after 1 s, doubling to 30 s.
     """
 
     def __init__(self, conf, url, default_exchange=None,
@@ -4673,8 +4674,8 @@ class UnixTransportDriver(_base.BaseDriver):
                                  batch_size, batch_timeout):
         """A listener, already connected if the service is there."""
         if pool:
-            _warn_once('sends everything to every listener; only one process '
-                       'of a pool gets it as pools mean it')
+            _warn_once('sends everything to every listener, and so to every '
+                       'process of a pool: run just one')
         topics = {target.topic for target, _ in targets_and_priorities}
         return _base.PollStyleListenerAdapter(
             _Listener(self._path, batch_size,
@@ -4705,7 +4706,7 @@ the output any more; 1 if it cannot write; 2 for wrong arguments; 128 and the
 number of the signal that ends it, which is 130 after Ctrl-C and 143 after
 SIGTERM. NO_COLOR in the environment is heeded."""
 
-# Who did it, which is not what it was done to.
+# Keys of who acted: not the resource, whose id is looked for.
 _OWNERS = ('user', 'tenant', 'project', 'domain')
 
 
@@ -4770,15 +4771,15 @@ def _cut(text, width):
 class _Terminal:
     """Lines for people, each as wide as the terminal is by then.
 
-    What comes first is seen in 80 columns: of an id more than is needed to
-    tell two apart. Nothing but a priority is cut amid a line, for the end of
-    an event type says as much as its start; one that is longer than its
+    80 columns show the first fields, and enough of an id to tell two apart.
+    The end of a line is cut, and a priority, but no other field: the end of
+    an event type says as much as its start. One that is longer than its
     column moves what follows.
     """
 
-    # Columns: from how many on there is room for the date and milliseconds.
-    # Of a hundred notifications that were recorded, the longest event type
-    # had 36; a request id has 40, a UUID 36.
+    # Columns. With _WIDE there is room for the date and milliseconds. Of a
+    # hundred notifications that were recorded, the longest event type had 36;
+    # a request id has 40, a UUID 36.
     _WIDE = 140
     _PRIORITY = 5
     _EVENT_TYPE = 36
@@ -4791,10 +4792,10 @@ class _Terminal:
     def __init__(self):
         self._has_colour = (not os.environ.get('NO_COLOR')
                             and os.environ.get('TERM') != 'dumb')
-        self._refused = False       # by the last message, too
+        self._refused = False       # whether the last message was a refusal
 
     def line(self, message):
-        """None of a refusal that follows one: there is one a second."""
+        """Empty for a refusal after a refusal: there is one a second."""
         event_type = message.get('event_type')
         again, self._refused = self._refused, event_type == _REFUSED
         if again and self._refused:
@@ -4873,10 +4874,10 @@ def _is_terminal(file):
 
 
 class _StandardError(logging.Handler):
-    """Drops what cannot be written. A stream would fail once more, at exit.
+    """Drops what cannot be written; a StreamHandler would fail at exit, too.
 
-    At a terminal it leaves out of whom it speaks: who sees it has just named
-    the path, and with that the lines would not fit into 80 columns.
+    At a terminal it leaves out the path: who sees it has just typed that,
+    and with it the lines would not fit into 80 columns.
     """
 
     def __init__(self, path):
@@ -4893,9 +4894,9 @@ class _StandardError(logging.Handler):
 
 
 def _write(data):
-    """Write all of it. Not by sys.stdout, which, if it is unbuffered, cuts.
+    """Write all of it. An unbuffered sys.stdout might write only a part.
 
-    Also to who does not block: it waits, as for any slow reader.
+    If the output does not block, it waits, as for any slow reader.
     """
     output = sys.stdout.fileno()
     data = memoryview(data)
@@ -4927,7 +4928,7 @@ def _print(stream, arguments):
 
 
 def _close_unread(stream):
-    """End the stream when nobody reads the output, though nothing comes."""
+    """Close the stream once nobody reads the output, even if it is idle."""
     poller = select.poll()
     poller.register(sys.stdout.fileno(), 0)     # only for errors
     poller.poll()
@@ -4937,8 +4938,8 @@ def _close_unread(stream):
 def main(argv=None):
     """Follow a socket: see ``--help``. Returns the exit status."""
     arguments = _arguments(argv)
-    # At once, wherever it is. Not left to the default: for process 1, that of
-    # a container, that is to go on. Who had it ignored (nohup) wants that.
+    # A signal ends it at once, whatever it does. Not by the default, which for
+    # a container's process 1 is to go on. One ignored before (nohup) stays so.
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda number, _: os._exit(128 + number))

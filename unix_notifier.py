@@ -517,6 +517,10 @@ def _line(message, mask):
     return line
 
 
+_LOST = 'notifications.lost'
+_REFUSED = 'notifications.refused'
+
+
 def _record(event_type, **payload):
     """A line of our own, which reads like any notification."""
     return _encode({'message_id': str(uuid.uuid4()),
@@ -529,7 +533,7 @@ def _record(event_type, **payload):
 
 
 def _lost_record(lost, reason):
-    return _record('notifications.lost', lost=lost, reason=reason)
+    return _record(_LOST, lost=lost, reason=reason)
 
 
 # -- options ----------------------------------------------------------------
@@ -685,11 +689,9 @@ def _identity(info):
 
 
 def _file_id(file):
-    """What tells an open file from another that gets its descriptor.
-
-    None for what has no type, such as an eventfd: all share one inode.
-    """
+    """What tells an open file from another that gets its descriptor."""
     info = os.fstat(file.fileno())
+    # None for what has no type, such as an eventfd: all share one inode.
     return _identity(info)[:2] if stat.S_IFMT(info.st_mode) else None
 
 
@@ -791,11 +793,9 @@ class _Lock:
 
     def intact(self):
         """Whether the lock is held, and on the file that others would open."""
-        try:
-            return self.fd is not None and _is_at(
-                self.path, _identity(os.fstat(self.fd)))
-        except OSError:     # others have closed the number
-            return False
+        with contextlib.suppress(OSError):  # not held, or closed by others
+            return _is_at(self.path, _identity(os.fstat(self.fileno())))
+        return False
 
     def free(self):
         """Unlock, as close() would not while a would-be heir has it open."""
@@ -805,11 +805,10 @@ class _Lock:
 
     def close(self):
         """Only close: LOCK_UN in a forked child would free the parent's."""
-        with _no_fork():    # a child would not know of the number
-            fd, self.fd = self.fd, None
-            if fd is not None:
-                with contextlib.suppress(OSError):  # others have closed it
-                    os.close(fd)
+        # A child must not be left one that it does not know of.
+        with _no_fork(), contextlib.suppress(OSError):  # as above
+            fd, self.fd = self.fileno(), None
+            os.close(fd)
 
 
 class _Bound:
@@ -825,10 +824,7 @@ class _Bound:
         return _is_at(self.path, self.identity)
 
     def unlink(self):
-        """Remove the file, if it is still ours.
-
-        If we cannot, the next owner will, by the identity in the lock.
-        """
+        """Remove the file, if it is ours. If it fails, the next owner will."""
         with contextlib.suppress(OSError):
             if self.intact():
                 os.unlink(self.path)
@@ -986,8 +982,7 @@ class _Backlog:
         chunk = self.tail
         chunk.data, chunk.lost, chunk.reason = data, lost, reason
         chunk.next = self.tail = _Chunk(
-            chunk.start + len(data) + _CHUNK_COST,
-            chunk.first + lines + lost)
+            chunk.start + len(data) + _CHUNK_COST, chunk.first + lines + lost)
 
     def extend(self, batch):
         """Add lines, in chunks of at most _CHUNK_MAX bytes or one line."""
@@ -1038,8 +1033,7 @@ class _Subscriber:
     def chunks(self):
         chunk = self.chunk
         while chunk.next:
-            if not chunk.data:
-                chunk.data = self.lost_line(chunk.lost, chunk.reason)
+            chunk.data = chunk.data or self.lost_line(chunk.lost, chunk.reason)
             yield chunk
             chunk = chunk.next
 
@@ -1212,10 +1206,7 @@ def _accept(sock):
 
 
 def _hang_up(sock):
-    """End the stream, even while a forked child holds the socket open.
-
-    Without giving up the GIL, as _accept().
-    """
+    """End the stream, though a forked child has it open. Keeps the GIL."""
     _libc.shutdown(sock.fileno(), socket.SHUT_RDWR)     # the peer may be first
     _close(sock)
 
@@ -1445,10 +1436,7 @@ class _Inbox:
             line is not None for line in itertools.islice(lines, due))
 
     def take(self, due):
-        """Yield what is due, in batches.
-
-        At once, a full queue would be there thrice: as batch and chunks, too.
-        """
+        """Yield what is due, in batches, or there would be three copies."""
         self.room -= due    # it is the backlog's now: see _Fanout._share()
         for size in range(due, 0, -_BATCH):
             yield [self.lines.popleft() for _ in range(min(size, _BATCH))]
@@ -1505,9 +1493,9 @@ class _Turn:
             free.append(True)
 
     def take_from_us(self):
-        """At exit: a signal's handler may run the exit handlers amid notify().
+        """At exit, by a signal's handler: from the notify() that waits for us.
 
-        Then it waits below us in this thread; any other gives it back.
+        Any other thread gives it back.
         """
         if not self.free and self.holder == _thread.get_ident():
             self.renew()
@@ -1839,10 +1827,9 @@ class _Files:
     def close(self):
         # By refs: as we iterate, a garbage collection may remove keys.
         owned = [ref() for ref in self._owned.keyrefs()]
-        for each in (*owned, self._selector):
-            if each is not None:
-                with contextlib.suppress(OSError):  # a service closes all
-                    each.close()
+        for each in filter(None, (*owned, self._selector)):
+            with contextlib.suppress(OSError):  # a service closes all
+                each.close()
 
 
 class _Path:
@@ -2007,8 +1994,7 @@ class _Door:
 
     def tell_why(self, sock, reason):
         if reason not in self._refusals:    # to make one may wait for the GIL
-            self._refusals[reason] = _record('notifications.refused',
-                                             reason=reason)
+            self._refusals[reason] = _record(_REFUSED, reason=reason)
         with contextlib.suppress(OSError):  # it may not wait for an answer
             # It fits, if nothing was sent on this connection before.
             _send_short(sock, self._refusals[reason])
@@ -2545,10 +2531,9 @@ class _Loop:
         return events
 
     def stay(self):
-        """After a wait in which a green thread may have forked.
+        """After a wait: green threads survive a fork, and may wake in a child.
 
-        They all survive it, and this one may wake in the child, which has a
-        loop of its own.
+        That has a loop of its own.
         """
         if self.pid != os.getpid():
             raise RuntimeError('not the loop of this process')
@@ -2828,8 +2813,7 @@ def _at_exit():
         try:
             hub.close()
         except Exception:
-            LOG.exception('Notifications on %s: closing failed',
-                          hub.loop.settings.path)
+            hub.loop.log.say(logging.ERROR, 'closing failed', exc_info=True)
 
 
 _forker = None      # the pid of the process that is about to fork
@@ -3585,7 +3569,7 @@ class _Sight:
             with contextlib.suppress(OSError), passed.sock as sock:
                 _let_go(sock, loop.files.own)   # it has lost the path
             return None
-        # Raises while another, whose lock was removed, goes on with the listener.
+        # Raises while another, whose lock was removed, goes on with it.
         loop.path.make_way('.relay')
         if not loop.path.lock.vacated():
             _let_go(passed.sock, loop.files.own)
@@ -3712,7 +3696,7 @@ class _Follower:
         _close_all([channel])
 
     def hand_on(self, until):
-        """Hand on what was handed to us, if all of it came; else be no heir."""
+        """Hand on what was handed to us, if it all came; else be no heir."""
         if not (self._estate and self._estate.finish()):
             return False
         self._loop.fanout.take_rest(self.streams)
@@ -3909,9 +3893,8 @@ class _Relay:
     def _meet(self):
         """Let in followers, and read their hellos; whether there are any."""
         self._let_in()
-        for each in list(self.sources):
-            if not each.greeted:
-                self._on_source(each, 0)
+        for each in [each for each in self.sources if not each.greeted]:
+            self._on_source(each, 0)
         return bool(self.sources)
 
     def followed(self):
@@ -3962,8 +3945,6 @@ _Loop.seek, _Loop.others = _Follower, _Relay
 # that does not keep up stops reading, and is told. What is missed between two
 # connections nobody can count: the subscription makes a record of that.
 
-_LOST = 'notifications.lost'
-_REFUSED = 'notifications.refused'
 _INTERRUPTED = 'notifications.interrupted'
 _CONTROL = (_LOST, _REFUSED, _INTERRUPTED)
 
@@ -4232,7 +4213,7 @@ class _Subscription(contextlib.AbstractContextManager, abc.Iterator):
     def _connect(self):
         self._buffer = _LineBuffer(self._max_line)
         try:
-            self._sock = _unix_socket()     # connect() would await a backlog
+            self._sock = _unix_socket()     # or a full backlog would block us
             self._sock.connect(self.path)
         except OSError as error:
             self._disconnect()
@@ -4269,9 +4250,12 @@ class _Subscription(contextlib.AbstractContextManager, abc.Iterator):
 
     def _disconnect(self):
         if self._sock is not None:
-            # No shutdown: it may be a forked child's copy. Nor _close(), where
-            # it has no need of a thread: eventlet would not hear of it.
-            self._sock.close() if _guarded() else _close(self._sock)
+            # No shutdown: this may be a forked child's copy. _close() only
+            # where it needs its thread: of that, eventlet would not hear.
+            if _guarded():
+                self._sock.close()
+            else:
+                _close(self._sock)
             self._sock = None
 
     def __del__(self):
@@ -4656,10 +4640,7 @@ class UnixTransportDriver(_base.BaseDriver):
         """Whatever a listener may ask for is there."""
 
     def send(self, *_args, **_kwargs):
-        """RPC needs a broker.
-
-        :raises: NotImplementedError
-        """
+        """RPC needs a broker: raises NotImplementedError."""
         raise NotImplementedError('A unix:// transport is for notification '
                                   'listeners; it has no RPC')
 

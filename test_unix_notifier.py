@@ -1153,7 +1153,7 @@ class LockTest(TestCase):
         lock = self.held()
         lock.write([types.SimpleNamespace(path=self.path, identity=[1, 2])])
         lock.write([])      # forgets nothing
-        self.assertEqual({'pid': os.getpid(), self.path: [1, 2]}, lock.read())
+        self.assertEqual({'pid': os.getpid(), '/s': [1, 2]}, lock.read())
 
     def test_garbage_reads_as_nothing(self):
         lock = self.held()
@@ -3152,7 +3152,7 @@ class PathTest(HubCase):
         def spy(lock, owned):
             self.assertRefused(self.path)
             write(lock, owned)
-            bound.append(lock.read()[self.path])
+            bound.append(lock.read()['/s'])
 
         with fixtures.MockPatchObject(unix_notifier._Lock, 'write', spy):
             self.make_hub()
@@ -3188,7 +3188,7 @@ class PathTest(HubCase):
         other.look_again(2)
         self.assertFalse(other.served)
         self.assertTrue(hub.holds_lock)
-        self.assertEqual(hub.identity, hub.lock.read()[self.path])
+        self.assertEqual(hub.identity, hub.lock.read()['/s'])
         self.assertLogged('served with')
 
     def test_who_lost_the_lock_alone_keeps_serving(self):
@@ -4100,6 +4100,15 @@ class RelayStartTest(RelayCase):
 
     """Relay: who gets what from when on, as a follower sees it."""
 
+    def test_who_may_not_lead_follows(self):
+        leader = self.make_newcomer()
+        self.step(leader)
+        for number in (errno.EPERM, errno.EACCES, errno.EROFS):
+            with mock.patch.object(unix_notifier._Lock, 'acquire',
+                                   autospec=True,
+                                   side_effect=OSError(number, 'no')):
+                self.make_follower(leader)
+
     def test_who_waits_in_the_leaders_backlog_is_seen(self):
         """While nobody does, nothing is even serialized."""
         leader, follower = self.make_pair()
@@ -4864,6 +4873,15 @@ class RelayPathTest(RelayCase):
                 connect()
             register.assert_called()
             self.assertIs(leader, self.settle(leader, follower, other))
+
+    def test_directory_may_have_several_names(self):
+        leader, follower = self.make_pair()
+        other_name = self.dir + '2'
+        os.symlink(self.dir, other_name)
+        self.addCleanup(os.unlink, other_name)
+        leader.die()    # the follower, which is stopped, has the listener
+        self.assertLeads(self.make_newcomer(
+            sock_path=os.path.join(other_name, 's')))
 
     def remove_all(self):
         for name in os.listdir(self.dir):

@@ -168,9 +168,11 @@ _GIVE_WAY = 50e-6
 # errno of accept() if process or machine has no descriptor or buffer left.
 _STARVED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
-# errno: we cannot lead, but another may. The lock is held, or denied to us; or
-# the path is in use, perhaps by a leader that has lost its lock.
-_LED = (errno.EAGAIN, errno.EPERM, errno.EACCES, errno.EADDRINUSE)
+# errno: we cannot lead, but another may. The lock is held, or denied to us (a
+# container may have the directory mounted read-only); or the path is in use,
+# perhaps by a leader that has lost its lock.
+_LED = (errno.EAGAIN, errno.EPERM, errno.EACCES, errno.EROFS,
+        errno.EADDRINUSE)
 
 # The backlog of listen(): a hundred readers may come back between two turns.
 # While more than _CROWD come within a second it is _CROWD_BACKLOG, for a turn
@@ -688,6 +690,11 @@ def _identity(info):
     return [info.st_dev, info.st_ino, info.st_mtime_ns]
 
 
+def _name(path):
+    """The name in its directory, which others may reach by another path."""
+    return '/' + os.path.basename(path)     # and which is not 'pid'
+
+
 def _file_id(file):
     """What tells an open file from another that gets its descriptor."""
     info = os.fstat(file.fileno())
@@ -710,7 +717,7 @@ class _Lock:
     listener connectable. flock, since a POSIX lock vanishes when any
     descriptor of the file is closed, and two copies of this module in one
     process would both get it. The file holds, in JSON, the pid of its owner,
-    until that leaves in good order, and the identity of what the owner bound.
+    until that leaves in good order, and by name the identity of what it bound.
     It is never removed: removing it while another process waits for it would
     make two owners.
     """
@@ -781,7 +788,7 @@ class _Lock:
         :param vacated: it leaves in good order, and owes nobody a line
         """
         record = dict(self.read(), pid=None if vacated else os.getpid(),
-                      **{each.path: each.identity for each in bound})
+                      **{_name(each.path): each.identity for each in bound})
         data = json.dumps(record).encode('ascii')
         if os.pwrite(self.fd, data, 0) < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.path)
@@ -1860,7 +1867,7 @@ class _Path:
     def make_way(self, suffix):
         """Free the path of what the last owner of the lock bound there."""
         path = self.name(suffix)
-        _clear(path, self.lock.read().get(path))
+        _clear(path, self.lock.read().get(_name(path)))
 
     def bind(self, suffix='', mode=0o600, gid=None, backlog=None):
         """Bind a socket there. It is not ours yet: see put()."""

@@ -5367,10 +5367,10 @@ class ConsumerTestCase(TestCase):
         super().setUp()
         self.addCleanup(unix_notifier._warn_once.cache_clear)
 
-    def serve(self):
+    def serve(self, backlog=8):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path)
-        self.server = listen(self.path)
+        self.server = listen(self.path, backlog)
         self.addCleanup(self.server.close)
         self.server.settimeout(WAIT)
 
@@ -5502,18 +5502,45 @@ class SubscribeTest(ConsumerTestCase):
                 self.assertFalse(end(stream))
                 self.assertLess(time.monotonic() - begin, PROMPT)
 
-    def test_service_that_accepts_nobody_is_not_waited_for(self):
-        listener = listen(self.path, 0)
-        self.addCleanup(listener.close)
+    def full(self):
+        """A service that lets nobody in, until it accepts one more."""
+        self.serve(0)
         first = socket.socket(socket.AF_UNIX)
         self.addCleanup(first.close)
         first.connect(self.path)
+
+    def test_service_that_accepts_nobody_is_not_waited_for(self):
+        self.full()
         streams = []
         self.in_thread(lambda: streams.append(self.subscribe())).join(PROMPT)
-        # Or the thread would not end.
-        self.addCleanup(lambda: listener.accept()[0].close())
-        self.assertEqual(1, len(streams))
+        self.addCleanup(self.server.close)      # or the thread would not end
+        stream, = streams
         self.assertLogged('waiting for it: Resource')
+        # The service was there, so what was missed by then is told.
+        self.connection()
+        self.in_thread(lambda: self.connection().sendall(line(1)))
+        record = next(stream)
+        self.assertEqual('notifications.interrupted', record['event_type'])
+        self.assertLess(0.9, record['payload']['seconds'])
+        self.assertEqual('the service let nobody in',
+                         record['payload']['reason'])
+        self.assertEqual(numbered(1), next(stream))
+
+    def test_place_in_a_full_backlog_is_waited_for(self):
+        self.full()
+        tries, connect = [], socket.socket.connect
+
+        def spy(sock, path):
+            tries.append(path)
+            return connect(sock, path)
+
+        with mock.patch('socket.socket.connect', spy):
+            subscribing = self.in_thread(self.subscribe)
+            wait_until(lambda: len(tries) > 1)
+            self.connection()
+            subscribing.join(PROMPT)
+        self.assertLogged('connected')
+        self.assertLogged('waiting for it', 0)
 
     def test_nobody_there_raises_if_asked_to(self):
         error = self.assertRaises(FileNotFoundError, unix_notifier.subscribe,
@@ -5760,6 +5787,21 @@ class SubscribeTest(ConsumerTestCase):
         self.assertEqual('', in_child(stream.close))
         threading.Timer(0.05, service.sendall, (line(1),)).start()
         self.assertEqual(numbered(1), next(stream))
+
+    def test_forked_child_can_close_it_though_the_parent_reads(self):
+        stream, service = self.connected()
+        self.in_thread(lambda: list(stream))
+        wait_until(stream._reading.locked)
+
+        def close():
+            stream.close()
+            assert stream._sock is None
+
+        self.assertEqual('', in_child(close))
+        copy = os.dup(stream._sock.fileno())    # such as another child has
+        self.addCleanup(os.close, copy)
+        stream.close()
+        self.assertEqual(b'', service.recv(1))
 
 
 class ListenerTest(ConsumerTestCase):

@@ -4069,7 +4069,7 @@ class _Gap:
     """What a reader may have missed between two connections."""
 
     def __init__(self):
-        self._seen_until = 0    # time.monotonic(): nothing is missed before
+        self._seen_until = time.monotonic()     # nothing is missed before
         self._since = None      # that, when the stream ended; None: no gap
         self._reason = None
         self._refusal = None    # why this connection was refused, if it was
@@ -4126,6 +4126,20 @@ def _select(until, waker, sock):
     return [key.fileobj for key, _ in ready], time.monotonic() - began
 
 
+def _dial(sock, path, until):
+    """Connect; until time.monotonic(), wait where the backlog is full.
+
+    The kernel would have us wait for ever, if the service is stopped.
+    """
+    while True:
+        try:
+            return sock.connect(path)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise
+            time.sleep(_WAITED)
+
+
 class _Subscription(contextlib.AbstractContextManager, abc.Iterator):
     """A socket that is followed; what subscribe() returns.
 
@@ -4148,7 +4162,8 @@ class _Subscription(contextlib.AbstractContextManager, abc.Iterator):
         self.log = _ReaderLog(self.path)
         self._waker = _Event()
         self.wake = self._waker.set     # have take() return early, once
-        self._connect()
+        self._pid = os.getpid()
+        self._connect(_deadline(_CHECK_INTERVAL))
 
     def __next__(self):
         while not self.closed:
@@ -4167,6 +4182,8 @@ class _Subscription(contextlib.AbstractContextManager, abc.Iterator):
         """
         self.closed = True
         self._waker.set()
+        if self._pid != os.getpid():    # who read when it forked is not here
+            self._reading = threading.Lock()
         if self._reading.acquire(blocking=False):
             self._disconnect()
             self._reading.release()
@@ -4217,15 +4234,17 @@ class _Subscription(contextlib.AbstractContextManager, abc.Iterator):
                 self._lines.appendleft(None)
         return bool(self._lines and not paused) or time.monotonic() < deadline
 
-    def _connect(self):
+    def _connect(self, until=0):
         self._buffer = _LineBuffer(self._max_line)
         try:
-            self._sock = _unix_socket()     # or a full backlog would block us
-            self._sock.connect(self.path)
+            self._sock = _unix_socket()
+            _dial(self._sock, self.path, until)
         except OSError as error:
             self._disconnect()
             if not self._reconnect:
                 raise OSError(error.errno, error.strerror, self.path)
+            if isinstance(error, BlockingIOError) and not self._gap:
+                self._gap.begin('the service let nobody in')
             self._retry.fail()
             self.log.once(logging.INFO, 'waiting for it: %s', error.strerror)
             return
@@ -4257,8 +4276,11 @@ class _Subscription(contextlib.AbstractContextManager, abc.Iterator):
 
     def _disconnect(self):
         if self._sock is not None:
-            # No shutdown: this may be a forked child's copy. _close() only
-            # where it needs its thread: of that, eventlet would not hear.
+            # Also of the copies of forked children, but not by one of them.
+            if self._pid == os.getpid():
+                _libc.shutdown(self._sock.fileno(), socket.SHUT_RDWR)
+            # _close() only where it needs its thread: of that, eventlet would
+            # not hear.
             if _guarded():
                 self._sock.close()
             else:

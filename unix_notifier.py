@@ -133,7 +133,6 @@ LOG = logging.getLogger(__name__)
 # ---------------------------------------------------------------------------
 
 # Bytes: sun_path holds 108 with the NUL. The relay appends '.relay'.
-_CONNECT_MAX = 107
 _PATH_MAX = 101
 
 # Bytes: of a chunk, the unit that subscribers share and one that lags loses;
@@ -141,10 +140,6 @@ _PATH_MAX = 101
 # GIL, which a busy publisher returns only after 5 ms.
 _CHUNK_MAX = 256 * 1024
 _SEND_MAX = 1024 * 1024
-
-# Bytes to ask recv() for while little comes: to allocate 64 KiB takes 1.5 us,
-# 256 KiB 12 us.
-_RECV_MIN = 64 * 1024
 
 # Bytes a chunk costs beside its data: _Chunk, bytes object and two counts.
 _CHUNK_COST = 256
@@ -890,15 +885,6 @@ def _new_socket(info, now):
             and info.st_mtime > now - 1):
         raise OSError(errno.EEXIST, 'replaced as it was bound')
     return _identity(info)
-
-
-def _is_socket(*paths):
-    """Whether a socket is at any of the paths."""
-    for path in paths:
-        with contextlib.suppress(OSError):
-            if stat.S_ISSOCK(os.lstat(path).st_mode):
-                return True
-    return False
 
 
 def _answers(path):
@@ -3028,6 +3014,10 @@ _LAST = re.compile(rb'lost (\d{1,18})')
 # joined. Who drops lines takes a turn between two, so there are fewer.
 _GAPS_MAX = 256
 
+# Bytes to ask recv() for while little comes: to allocate 64 KiB takes 1.5 us,
+# 256 KiB 12 us.
+_RECV_MIN = 64 * 1024
+
 
 def _chunks(block):
     """Yield a follower's whole lines as arguments of _Backlog.append().
@@ -3524,6 +3514,15 @@ class _Estate:
         _close_all((self._channel, self._lock, self._relay, *self._socks))
 
 
+def _is_socket(*paths):
+    """Whether a socket is at any of the paths."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(os.lstat(path).st_mode):
+                return True
+    return False
+
+
 class _Sight:
     """Whom a follower sees: who waits at the leader's listener, or is there.
 
@@ -3954,6 +3953,9 @@ _Loop.seek, _Loop.others = _Follower, _Relay
 
 _INTERRUPTED = 'notifications.interrupted'
 _CONTROL = (_LOST, _REFUSED, _INTERRUPTED)
+
+# Bytes of a path: a reader appends nothing to it. See _PATH_MAX.
+_CONNECT_MAX = 107
 
 # Seconds. A wait that took longer began with all read, and the stream not
 # ended; one that finds something takes 10 us.

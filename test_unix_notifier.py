@@ -4708,7 +4708,7 @@ class RelayHeirTest(RelayCase):
         self.assertServed(heir, client)
 
     class Stopped(BaseException):
-        """It takes nobody's word for an end."""
+        """A process that goes no further, as far as its code can tell."""
 
     def test_leader_that_stops_amid_it_is_given_up(self):
         leader, heir, _ = self.make_three()

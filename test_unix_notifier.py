@@ -5899,7 +5899,7 @@ class ListenerTest(ConsumerTestCase):
         listener = self.listener(0, 1, batch_size=10)
         for each in listener.poll(batch_size=10, batch_timeout=0.01):
             each.requeue()
-        time.sleep(0.02)
+        wait_until(lambda: listener._put_off.first_due()[0] < time.monotonic())
         self.send(2)
         for number in range(3):
             self.assertPolled([number], listener, batch_size=10,

@@ -3860,26 +3860,29 @@ class DriverTest(DriverCase):
                          list(map(list, found[:4])))
         self.assertEqual(1, len(self.hubs()))
 
+    class Serializer(oslo_messaging.NoOpSerializer):
+        def serialize_context(self, ctxt):
+            return ctxt if type(ctxt) is dict else dict(
+                ctxt.to_dict(), service_catalog=[{'type': 'the token'}])
+
+    ENVIRONMENT = {
+        'HTTP_X_AUTH_TOKEN': 'the token', 'HTTP_X_SERVICE_TOKEN': 'token',
+        'HTTP_X_IDENTITY_STATUS': 'Confirmed', 'HTTP_X_USER_ID': 'u',
+        'HTTP_X_USER_NAME': 'U', 'HTTP_X_PROJECT_ID': 'p',
+        'HTTP_X_PROJECT_NAME': 'P', 'HTTP_X_ROLES': 'member,reader',
+        'HTTP_X_SERVICE_CATALOG': '[{"token": 1}]',
+        'keystone.token_info': {'token': {}}}
+
     def test_context_is_sent_where_configured(self):
         """As it comes out of a real notifier, and of a service's serializer.
 
         keystonemiddleware authenticates by what it puts into the environment,
         and audits with the dict of an administrator's context.
         """
-        class Serializer(oslo_messaging.NoOpSerializer):
-            def serialize_context(self, ctxt):
-                return ctxt if type(ctxt) is dict else dict(
-                    ctxt.to_dict(), service_catalog=[{'type': 'the token'}])
-
-        authenticated = context.RequestContext.from_environ({
-            'HTTP_X_AUTH_TOKEN': 'the token', 'HTTP_X_SERVICE_TOKEN': 'token',
-            'HTTP_X_IDENTITY_STATUS': 'Confirmed', 'HTTP_X_USER_ID': 'u',
-            'HTTP_X_USER_NAME': 'U', 'HTTP_X_PROJECT_ID': 'p',
-            'HTTP_X_PROJECT_NAME': 'P', 'HTTP_X_ROLES': 'member,reader',
-            'HTTP_X_SERVICE_CATALOG': '[{"token": 1}]',
-            'keystone.token_info': {'token': {}}}, overwrite=False)
+        authenticated = context.RequestContext.from_environ(
+            self.ENVIRONMENT, overwrite=False)
         audited = context.get_admin_context().to_dict()
-        for serializer in None, Serializer():
+        for serializer in None, self.Serializer():
             notifier = self.make_notifier(serializer, sock_send_context=True)
             client = self.connect()
             for each in full_context(), authenticated, audited, {}, None:
@@ -4376,16 +4379,17 @@ class RelayHeirTest(RelayCase):
             self.pump(hub, each, total)
             self.assertFalse(each.ended)
 
-    def test_subscribers_notice_nothing(self):
+    def owing(self):
+        """A leader, the heir, another, and three clients that are owed some.
+
+        Of each publisher: on its way, queued, and owed in part.
+        """
         leader, heir = self.make_pair()
         slow = self.clog(leader)
         half, quick = self.connect(), self.connect()
         half.sock.shutdown(socket.SHUT_WR)
         other = self.make_follower(leader, heir)
         leader.turn()   # has heard of it
-        bound = [os.stat(self.path + each).st_mtime_ns
-                 for each in ('', '.relay')]
-        # Of each: on its way, queued, and owed in part.
         self.emit(heir, range(3, 5), size=2 ** 18)
         self.step(heir)
         self.emit(heir, range(5, 7))
@@ -4393,11 +4397,19 @@ class RelayHeirTest(RelayCase):
         # So much that three lines are sent, and the fourth in part.
         self.emit(other, range(60, 64), size=60000)
         other.turn()
+        return leader, heir, other, slow, half, quick
+
+    def bound(self):
+        return [os.stat(self.path + each).st_mtime_ns
+                for each in ('', '.relay')]
+
+    def test_subscribers_notice_nothing(self):
+        leader, heir, other, *clients = self.owing()
+        bound = self.bound()
         self.leave(leader, other)       # the newest, so it is the heir
         self.assertLogged('subscriber connected', 3)
         other.turn()
-        self.assertEqual(bound, [os.stat(self.path + each).st_mtime_ns
-                                 for each in ('', '.relay')])
+        self.assertEqual(bound, self.bound())
         self.assertLogged('handed on to pid %d, 3 subscribers' % os.getpid(),
                           2)
         self.assertNotIn('parted', self.log.output)
@@ -4406,7 +4418,6 @@ class RelayHeirTest(RelayCase):
         self.emit(other, range(64, 66))
         late = self.connect(other)
         self.emit(heir, range(70, 72))
-        self.step(heir, other)
 
         def whole(client, first):
             """Each publisher's, in its order."""
@@ -4416,13 +4427,11 @@ class RelayHeirTest(RelayCase):
                 (50, 60, 70), each)) == [
                     *range(first, 7), 50, 51, *range(60, 66), 70, 71]
 
-        wait_until(lambda: whole(slow, 0))
-        for each in (half, quick):
-            wait_until(lambda: whole(each, 3))
+        for client, first in zip(clients, (0, 3, 3)):
+            wait_until(lambda: whole(client, first))
         wait_until(lambda: self.step(heir, other) or [
             each['payload']['n'] for each in late.read()][-2:] == [70, 71])
-        self.assertFalse(any(each.ended for each in (
-            half, quick, slow, late)))
+        self.assertFalse(any(each.ended for each in (*clients, late)))
         heir.finish()
         other.turn()
         other.finish()
@@ -5315,6 +5324,19 @@ class RelayWordsTest(RelayCase):
         self.assertTrue(0 < waits[11] <= 0.01 < 0.49 < waits[9] <= 1, waits)
         self.assertLogged('it hangs up each time')
 
+    def says(self, relay, follower, data, passed):
+        """A leader says it, and hears the end of the follower."""
+        follower.look_again()
+        follower.retry_at += WAIT   # not while we look what it has open
+        with relay.accept()[0] as leader:
+            leader.settimeout(WAIT)
+            socket.send_fds(leader, [data], [
+                each.fileno() for each in passed])
+            self.step(follower)
+            with contextlib.suppress(ConnectionResetError):
+                while leader.recv(100):
+                    pass
+
     def test_leader_that_says_no_hello_is_gone_and_is_told_of_once(self):
         relay = self.pose_as_leader()
         follower = self.make_newcomer()
@@ -5325,21 +5347,12 @@ class RelayWordsTest(RelayCase):
         words = [hello + b' %s\n' % each for each in (
             b'[1, 2', b'[1, 2]', b'[1, "2", 3]', b'{}', b'[' * 4000)]
         before = None
-        for data, passed in in_turn(self, (
+        for said in in_turn(self, (
                 (b'x' * 5000, [relay] * 9),     # which is what is told
                 (good, []), (good, [relay]), (good, [file, event]),
                 (good, [file, file]), *((each, [relay, event]) for each in (
                     hello, *words, good[:9])))):
-            follower.look_again()
-            follower.retry_at += WAIT   # not while we look what it has open
-            with relay.accept()[0] as leader:
-                leader.settimeout(WAIT)
-                socket.send_fds(leader, [data], [
-                    each.fileno() for each in passed])
-                self.step(follower)
-                with contextlib.suppress(ConnectionResetError):
-                    while leader.recv(100):
-                        pass
+            self.says(relay, follower, *said)
             self.assertFalse(follower.follows)
             before = before or open_files()
             self.assertEqual(before, open_files())
@@ -6211,6 +6224,10 @@ class TransportTest(ConsumerTestCase):
         transport = oslo_messaging.transport.NotificationTransport(
             self.driver('unix://' + self.path))
         self.serve()
+        data = b''.join(unix_notifier._encode(
+            dict(numbered(number), priority='INFO'),
+            topics=['a', 'b'] if number >= 5 else ['a'])
+            for number in range(20))
         got = all_, both, one = [], [], []
         plain = types.SimpleNamespace(
             info=lambda *args: all_.append(args[3]['n']),
@@ -6224,16 +6241,12 @@ class TransportTest(ConsumerTestCase):
                 ('*a', plain, 'get_notification_listener', True),
                 ('ab', batch, 'get_batch_notification_listener', True),
                 ('b', other, 'get_notification_listener', False)):
-            server = getattr(oslo_messaging, get)(
+            servers.append(getattr(oslo_messaging, get)(
                 transport,
                 [oslo_messaging.Target(topic=each) for each in topics],
-                [endpoint], 'threading', allow_requeue=requeue)
-            servers.append(server)
-            server.start()
-            self.connection().sendall(b''.join(unix_notifier._encode(
-                dict(numbered(number), priority='INFO'),
-                topics=['a', 'b'] if number >= 5 else ['a'])
-                for number in range(20)))
+                [endpoint], 'threading', allow_requeue=requeue))
+            servers[-1].start()
+            self.connection().sendall(data)
         wait_until(lambda: list(map(len, got)) == [20, 20, 15])
         for server in servers:
             begin = time.monotonic()
@@ -6265,49 +6278,53 @@ class CommandLineTest(base.BaseTestCase):
             text = self.text(dict(message({}), event_type=event_type))
             self.assertLess(len(text), 300)
 
+    OWNERS = {'user_id': 'u', 'tenant_id': 't', 'project_id': 'p'}
+    # An event type, a payload, and what says most of it.
+    IDS = (
+        ('x', {'id': 'i', 'request_id': 'r'}, 'r'),
+        ('x', {'id': 'i', 'resource_info': 's'}, 's'),
+        ('x', {'n_object.data': {'uuid': 'u'}, 'id': 'i'}, 'u'),
+        ('x', {'n_object.data': None, 'id': 'i'}, 'i'),
+        ('x', {'id': {}}, 'x'), ('x', {}, 'x'), ('x', OWNERS, 'x'),
+        ('x', 'text', 'x'), ('x', None, 'x'), (None, {'id': 1}, '1'),
+        # nova
+        ('compute.instance.volume.attach',
+         {'volume_id': 'v', 'instance_id': 'i'}, 'i'),
+        ('flavor.create', {'nova_object.data': {
+            'flavorid': 'f', 'name': 'n'}}, 'f'),
+        ('keypair.create.start', {'nova_object.data': {
+            'user_id': 'u', 'name': 'n', 'type': 'ssh'}}, 'n'),
+        ('keypair.create.start', {'key_name': 'n', **OWNERS}, 'n'),
+        ('aggregate.create.end', {'name': 'n', 'aggregate_id': 7},
+         '7'),
+        # cinder
+        ('volume.create.end', {
+            'volume_id': 'v', 'snapshot_id': 's', **OWNERS}, 'v'),
+        ('snapshot.delete.start', {
+            'volume_id': 'v', 'snapshot_id': 's', **OWNERS}, 's'),
+        ('volume_type.create', {'volume_types': {'id': 'y'}}, 'y'),
+        ('scheduler.create_volume', {**OWNERS, 'volume_id': 'v'}, 'v'),
+        # neutron
+        ('network.create.end', {'network': {'id': 'n'}}, 'n'),
+        ('port.create.end', {'ports': [{'id': 'p'}, {}]}, 'p'),
+        ('port.create.end', {'ports': []}, 'x'),
+        ('subnet.delete.end', {'subnet_id': 's'}, 's'),
+        ('network.update.start', {'id': 'n', 'network': {}}, 'n'),
+        ('router.interface.create', {
+            'router_interface': {'port_id': 'p', 'id': 'r'}}, 'r'),
+        # heat, manila, glance
+        ('orchestration.stack.create.end', {
+            'user_identity': 'u', 'stack_identity': 's', **OWNERS}, 's'),
+        ('orchestration.autoscaling.end', {
+            'user_identity': 'u', 'stack_identity': 's', **OWNERS}, 's'),
+        ('share.create.start', {
+            'snapshot_id': None, 'share_id': 's', **OWNERS}, 's'),
+        ('image.member.create', {
+            'member_id': 'm', 'image_id': 'i'}, 'i')
+    )
+
     def test_text_ends_with_the_id_that_says_most(self):
-        ids = {'user_id': 'u', 'tenant_id': 't', 'project_id': 'p'}
-        for event_type, payload, last in (
-                ('x', {'id': 'i', 'request_id': 'r'}, 'r'),
-                ('x', {'id': 'i', 'resource_info': 's'}, 's'),
-                ('x', {'n_object.data': {'uuid': 'u'}, 'id': 'i'}, 'u'),
-                ('x', {'n_object.data': None, 'id': 'i'}, 'i'),
-                ('x', {'id': {}}, 'x'), ('x', {}, 'x'), ('x', ids, 'x'),
-                ('x', 'text', 'x'), ('x', None, 'x'), (None, {'id': 1}, '1'),
-                # nova
-                ('compute.instance.volume.attach',
-                 {'volume_id': 'v', 'instance_id': 'i'}, 'i'),
-                ('flavor.create', {'nova_object.data': {
-                    'flavorid': 'f', 'name': 'n'}}, 'f'),
-                ('keypair.create.start', {'nova_object.data': {
-                    'user_id': 'u', 'name': 'n', 'type': 'ssh'}}, 'n'),
-                ('keypair.create.start', {'key_name': 'n', **ids}, 'n'),
-                ('aggregate.create.end', {'name': 'n', 'aggregate_id': 7},
-                 '7'),
-                # cinder
-                ('volume.create.end', {
-                    'volume_id': 'v', 'snapshot_id': 's', **ids}, 'v'),
-                ('snapshot.delete.start', {
-                    'volume_id': 'v', 'snapshot_id': 's', **ids}, 's'),
-                ('volume_type.create', {'volume_types': {'id': 'y'}}, 'y'),
-                ('scheduler.create_volume', {**ids, 'volume_id': 'v'}, 'v'),
-                # neutron
-                ('network.create.end', {'network': {'id': 'n'}}, 'n'),
-                ('port.create.end', {'ports': [{'id': 'p'}, {}]}, 'p'),
-                ('port.create.end', {'ports': []}, 'x'),
-                ('subnet.delete.end', {'subnet_id': 's'}, 's'),
-                ('network.update.start', {'id': 'n', 'network': {}}, 'n'),
-                ('router.interface.create', {
-                    'router_interface': {'port_id': 'p', 'id': 'r'}}, 'r'),
-                # heat, manila, glance
-                ('orchestration.stack.create.end', {
-                    'user_identity': 'u', 'stack_identity': 's', **ids}, 's'),
-                ('orchestration.autoscaling.end', {
-                    'user_identity': 'u', 'stack_identity': 's', **ids}, 's'),
-                ('share.create.start', {
-                    'snapshot_id': None, 'share_id': 's', **ids}, 's'),
-                ('image.member.create', {
-                    'member_id': 'm', 'image_id': 'i'}, 'i')):
+        for event_type, payload, last in self.IDS:
             text = self.text(dict(
                 message(payload), event_type=event_type))
             self.assertEqual([last], text.split('  ')[4:] or ['x'], text)

@@ -4164,7 +4164,6 @@ class _Subscription(contextlib.AbstractContextManager, abc.Iterator):
         self.log = _ReaderLog(self.path)
         self._waker = _Event()
         self.wake = self._waker.set     # have take() return early, once
-        self._pid = os.getpid()
         self._connect(_deadline(_CHECK_INTERVAL))
 
     def __next__(self):
@@ -4238,6 +4237,7 @@ class _Subscription(contextlib.AbstractContextManager, abc.Iterator):
 
     def _connect(self, until=0):
         self._buffer = _LineBuffer(self._max_line)
+        self._pid = os.getpid()     # whose the connection is
         try:
             self._sock = _unix_socket()
             _dial(self._sock, self.path, until)

@@ -151,6 +151,10 @@ def touch(path):
         pass
 
 
+def mode_of(path):
+    return stat.S_IMODE(os.stat(path).st_mode)
+
+
 def listen(path, backlog=8):
     sock = socket.socket(socket.AF_UNIX)
     sock.bind(path)
@@ -603,6 +607,14 @@ class TestCase(base.BaseTestCase):
         self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
         sys.setswitchinterval(1e-6)
 
+    def run_threads(self, targets):
+        threads = [threading.Thread(target=each) for each in targets]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join(WAIT)
+            self.assertFalse(each.is_alive())
+
     def make_conf(self, sock_path='', **options):
         """The options as a service reads them, from a file."""
         if sock_path is not None:
@@ -719,16 +731,19 @@ class EncodeTest(TestCase):
     def payload(self, value, mask=False):
         return parse(unix_notifier._encode(message(value), mask))['payload']
 
-    def test_message_is_one_line_of_ascii(self):
+    def test_line_has_the_message_and_then_context_and_topics(self):
+        """And nothing that other drivers, which share it, have added."""
         payload = {'text': 'two\nlines\r\u2028\u00e9 \U0001f600 "\\'}
-        found = parse(unix_notifier._encode(message(payload)))
-        self.assertEqual((payload, KEYS), (found['payload'], list(found)))
-
-    def test_what_other_drivers_add_to_the_message_is_not_sent(self):
-        shared = dict(message({'a': 1}), _unique_id='x',
+        shared = dict(message(payload), topics='x', _unique_id='x',
                       _context_auth_token='secret')
-        self.assertEqual(unix_notifier._encode(message({'a': 1})),
-                         unix_notifier._encode(shared))
+        for mask, ctxt, topics in itertools.product(
+                (False, True), (None, {}, {'user': 'u'}),
+                (None, [], ['a', 'notifications'])):
+            more = {'context': ctxt, 'topics': topics}
+            expected = dict(message(payload), **{
+                key: more[key] for key in more if more[key] is not None})
+            found = parse(unix_notifier._encode(shared, mask, ctxt, topics))
+            self.assertEqual(list(expected.items()), list(found.items()))
         self.assertIn('_unique_id', shared)
 
     def test_real_notifications_print_as_the_log_driver_does(self):
@@ -893,8 +908,7 @@ class EncodeTest(TestCase):
                                 for each in lines.call_args_list])
 
     def test_one_payload_in_many_threads_is_no_cycle(self):
-        self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
-        sys.setswitchinterval(1e-6)
+        self.switch_threads_often()
         payload = {'deep': [[{'a': [uuid.UUID(int=1)]}]] * 50}
         expected, found = unix_notifier._encode(message(payload)), set()
 
@@ -902,11 +916,7 @@ class EncodeTest(TestCase):
             for _ in range(50):
                 found.add(unix_notifier._encode(message(payload)))
 
-        threads = [threading.Thread(target=encode) for _ in range(4)]
-        for each in threads:
-            each.start()
-        for each in threads:
-            each.join()
+        self.run_threads([encode] * 4)
         self.assertEqual({expected}, found)
         self.assertEqual({}, unix_notifier._markers)
 
@@ -984,42 +994,20 @@ class ContextTest(TestCase):
         for each in (None, {}, 'text', object(), Bad(), ItemsRaise(), 1):
             self.assertEqual({}, unix_notifier._context(each))
 
-    def test_line_has_it_after_all_else(self):
-        for found, mask in (({}, False), ({'user': 'u'}, True)):
-            data = unix_notifier._encode(
-                dict(message({}), _context_auth_token='x'), mask, found)
-            self.assertEqual(dict(message({}), context=found), parse(data))
-            self.assertEqual(KEYS + ['context'], list(parse(data)))
-
-
-class TopicsTest(TestCase):
-
-    def test_line_has_them_after_all_else(self):
-        shared = dict(message({}), topics='x', _unique_id=1)
-        for ctxt, topics in itertools.product(
-                (None, {}), (['a', 'notifications'], [])):
-            found = parse(unix_notifier._encode(shared, False, ctxt, topics))
-            self.assertEqual(topics, found['topics'])
-            self.assertEqual(
-                KEYS + ([] if ctxt is None else ['context']) + ['topics'],
-                list(found))
-
 
 # -- options ----------------------------------------------------------------
 
 class OptionsTest(TestCase):
 
-    def test_path_alone_is_needed(self):
-        self.assertEqual((self.path, 0o660, None, 64, 8 << 20, False, False),
-                         tuple(self.make_settings()))
-
-    def test_all_are_read(self):
-        self.assertEqual(
-            (self.path, 0o600, 'users', 2, 65536, True, True),
-            tuple(self.make_settings(
-                sock_mode='0600', sock_group='users', sock_buffer_size=65536,
-                sock_max_subscribers=2, sock_mask_secrets=True,
-                sock_send_context=True)))
+    def test_all_are_read_and_the_path_alone_is_needed(self):
+        for options, expected in (
+                ({}, (0o660, None, 64, 8 << 20, False, False)),
+                (dict(sock_mode='0600', sock_group='users',
+                      sock_max_subscribers=2, sock_buffer_size=65536,
+                      sock_mask_secrets=True, sock_send_context=True),
+                 (0o600, 'users', 2, 65536, True, True))):
+            self.assertEqual((self.path, *expected),
+                             tuple(self.make_settings(**options)))
 
     def test_list_is_a_documented_copy(self):
         (group, opts), = unix_notifier.list_opts()
@@ -1115,8 +1103,11 @@ class LockTest(TestCase):
     def test_free_lock_is_the_owners_alone(self):
         lock = self.held()
         self.assertTrue(lock.intact())
-        self.assertEqual(0o600, stat.S_IMODE(os.stat(self.path).st_mode))
+        self.assertEqual(0o600, mode_of(self.path))
         self.assertFalse(os.get_inheritable(lock.fd))
+        lock.close()    # the file stays
+        self.assertTrue(os.path.exists(self.path))
+        self.assertTrue(self.held().intact())
 
     def test_held_lock_names_its_holder(self):
         lock = self.held()
@@ -1124,6 +1115,10 @@ class LockTest(TestCase):
         lock.write([])
         self.assertEqual(errno.EAGAIN, self.assertNotAcquired(
             BlockingIOError, 'process %d' % os.getpid(), self.path))
+        # Neither other descriptors nor children free it.
+        touch(self.path)
+        self.assertEqual('', in_child(lock.close))
+        self.assertNotAcquired(BlockingIOError)
 
     def test_who_may_but_read_it_can_hold_it(self):
         fd = os.open(self.path, os.O_RDONLY | os.O_CREAT, 0o600)
@@ -1138,51 +1133,34 @@ class LockTest(TestCase):
             self.assertNotAcquired(BlockingIOError, text, self.path)
             fcntl.flock(fd, fcntl.LOCK_UN)
 
-    def test_closed_lock_is_free_and_stays(self):
-        self.held().close()
-        self.assertTrue(os.path.exists(self.path))
-        self.assertTrue(self.held().intact())
-
-    def test_neither_other_descriptors_nor_children_free_it(self):
-        lock = self.held()
-        touch(self.path)
-        self.assertEqual('', in_child(lock.close))
-        self.assertNotAcquired(BlockingIOError)
-
-    def test_record_comes_back(self):
+    def test_record_comes_back_and_garbage_reads_as_nothing(self):
         lock = self.held()
         lock.write([types.SimpleNamespace(path=self.path, identity=[1, 2])])
         lock.write([])      # forgets nothing
         self.assertEqual({'pid': os.getpid(), '/s': [1, 2]}, lock.read())
-
-    def test_garbage_reads_as_nothing(self):
-        lock = self.held()
         for garbage in (b'', b'\xff\xfe', b'{"pid": 1', b'[1]', b'7', b'null',
                         b'"text"', b'[[[], 1]]', b'x' * 9000, b'[' * 4096,
                         b'{"a":' * 800, b'1' * 4096):
             os.ftruncate(lock.fd, 0)
             os.pwrite(lock.fd, garbage, 0)
-            self.assertEqual({}, lock.read())
+            self.assertEqual({}, lock.read(), garbage)
         lock.write([])
         self.assertEqual({'pid': os.getpid()}, lock.read())
 
-    def test_links_are_refused(self):
+    def test_what_is_no_file_with_one_link_is_refused(self):
         target = os.path.join(self.dir, 'target')
         os.symlink(target, self.path)
         self.assertEqual(errno.ELOOP,
                          self.assertNotAcquired(OSError, self.path))
         self.assertFalse(os.path.exists(target))
-        os.unlink(self.path)
         touch(target)
-        os.link(target, self.path)
-        self.assertNotAcquired(OSError, 'one link', self.path)
-
-    def test_what_is_no_file_is_refused(self):
-        os.mkfifo(self.path)
-        self.assertNotAcquired(OSError, 'regular', self.path)
-        os.unlink(self.path)
-        os.mkdir(self.path)
-        self.assertNotAcquired(IsADirectoryError, self.path)
+        for make, error_type, text in (
+                (lambda: os.link(target, self.path), OSError, 'one link'),
+                (lambda: os.mkfifo(self.path), OSError, 'regular'),
+                (lambda: os.mkdir(self.path), IsADirectoryError, '')):
+            os.unlink(self.path)
+            make()
+            self.assertNotAcquired(error_type, text, self.path)
 
     @as_root
     def test_foreign_lock_is_refused(self):
@@ -1235,6 +1213,9 @@ class LockTest(TestCase):
 
 class BoundTest(TestCase):
 
+    # Whom we may give a file to.
+    GID = os.getgid() if os.geteuid() else 12345
+
     def bind(self, mode=0o660, gid=None):
         lock = mock.create_autospec(unix_notifier._Lock)
         bound = unix_notifier._bind(unix_notifier._unix_socket(), self.path,
@@ -1243,13 +1224,8 @@ class BoundTest(TestCase):
         lock.write.assert_called_once_with([bound])
         return bound
 
-    def test_nothing_is_left_where_there_is_no_descriptor(self):
-        with fixtures.MonkeyPatch('os.open', mock.Mock(
-                side_effect=OSError(errno.EMFILE, 'a test'))):
-            self.assertRaises(OSError, self.bind)
-        self.assertEqual([], os.listdir(self.dir))
-
     def test_nobody_slips_in_before_mode_and_group_are_set(self):
+        """Without the umask, which is the whole process's."""
         groups, chmod = [], os.chmod
 
         def spy(path, mode):
@@ -1258,144 +1234,94 @@ class BoundTest(TestCase):
             chmod(path, mode)
 
         self.patch('os.chmod', spy)
-        gid = os.getgid() if os.geteuid() else 12345
-        bound = self.bind(0o604, gid)
+        self.addCleanup(os.umask, os.umask(0o077))
+        with fixtures.MonkeyPatch('os.umask', None):
+            bound = self.bind(0o606, self.GID)
+        self.assertEqual(0o077, os.umask(0o077))
         self.assertRefused(self.path)
         info = os.stat(self.path)
-        self.assertEqual((0o604, gid, [gid], unix_notifier._identity(info)), (
-            stat.S_IMODE(info.st_mode), info.st_gid, groups, bound.identity))
+        self.assertEqual(
+            (0o606, self.GID, [self.GID], unix_notifier._identity(info)),
+            (mode_of(self.path), info.st_gid, groups, bound.identity))
         bound.sock.listen()
         self.connect()
 
-    def test_what_was_bound_is_changed_whatever_the_name_says(self):
-        victim = os.path.join(self.dir, 'victim')
-        lock = mock.create_autospec(unix_notifier._Lock)
-
-        def link():
-            os.symlink(victim, self.path)
-
-        def old_socket():
-            with socket.socket(socket.AF_UNIX) as sock:
-                sock.bind(self.path)
-            os.utime(self.path, (0, 0))
-            os.chmod(self.path, 0o600)
-
-        def swap(put):
-            def swapped(function, *args):
-                function(*args)
-                os.rename(self.path, self.path + '.bound')
-                put()
-            return swapped
-
-        # After bind(), and after the descriptor was opened.
-        for put in link, old_socket:
-            for late in False, True:
-                touch(victim)
-                os.chmod(victim, 0o600)
-                sock = unix_notifier._unix_socket()
-                with fixtures.MonkeyPatch('os.chown', functools.partial(
-                        swap(put), os.chown) if late else os.chown):
-                    green = sock if late else mock.Mock(
-                        wraps=sock, bind=functools.partial(swap(put),
-                                                           sock.bind))
-                    try:
-                        unix_notifier._bind(green, self.path, 0o666, lock,
-                                            os.getgid())
-                        self.assertTrue(late)
-                    except OSError as error:
-                        self.assertFalse(late)
-                        self.assertNames(error, self.path)
-                sock.close()
-                self.assertEqual(0o600, stat.S_IMODE(os.stat(
-                    self.path).st_mode))
-                self.assertEqual(late, 0o666 == stat.S_IMODE(os.stat(
-                    self.path + '.bound').st_mode))
-                for name in os.listdir(self.dir):
-                    os.unlink(os.path.join(self.dir, name))
-
-    def test_what_takes_the_name_at_once_is_left_as_it_is(self):
-        """As new as what was bound, but another's, or no socket."""
+    def test_what_takes_the_name_is_left_as_it_is(self):
+        """Right after bind(), or late: once the file that is ours is open."""
         other = os.path.join(self.dir, 'other')
 
-        def link():
-            listen(other).close()
-            os.chmod(other, 0o600)
-            os.symlink(other, self.path)
+        def new(path):
+            listen(path).close()
 
-        def file():
-            touch(self.path)
-            os.chmod(self.path, 0o600)
+        def old(path):
+            new(path)
+            os.utime(path, (0, 0))
 
-        def foreign():
-            listen(self.path).close()
-            os.chmod(self.path, 0o600)
-            os.chown(self.path, 1, -1)
+        def foreign(path):
+            new(path)
+            os.chown(path, 1, -1)
 
-        for put in (link, file, foreign)[:2 if os.geteuid() else 3]:
-            def bind(path, put=put):
-                sock.bind(path)
-                os.unlink(path)
-                put()
+        cases = [(touch, other), (new, other), (touch, self.path),
+                 (old, self.path)]
+        if os.geteuid() == 0:
+            cases.append((foreign, self.path))
+        for make, path in cases:
+            self._bind_amid_swap(False, make, path)
+            self._bind_amid_swap(True, make, path)
 
+    def _bind_amid_swap(self, late, make, path):
+        """Make what takes the name, itself or by a link to the path."""
+        ours, before = self.path + '.bound', []
+
+        def swap(function, *args):
+            result = function(*args)
+            os.rename(self.path, ours)
+            make(path)
+            os.chmod(path, 0o600)
+            if path != self.path:
+                os.symlink(path, self.path)
+            before.append(os.stat(self.path))
+            return result
+
+        if late:
+            with fixtures.MonkeyPatch('os.open',
+                                      functools.partial(swap, os.open)):
+                identity = self.bind(0o604, self.GID).identity
+            info = os.stat(ours)
+            self.assertEqual((0o604, self.GID, identity), (
+                mode_of(ours), info.st_gid, unix_notifier._identity(info)))
+        else:
             lock = mock.create_autospec(unix_notifier._Lock)
             with unix_notifier._unix_socket() as sock:
                 error = self.assertRaises(
-                    OSError, unix_notifier._bind,
-                    mock.Mock(wraps=sock, bind=bind), self.path, 0o666, lock)
+                    OSError, unix_notifier._bind, mock.Mock(
+                        wraps=sock, bind=functools.partial(swap, sock.bind)),
+                    self.path, 0o604, lock, self.GID)
             self.assertNames(error, self.path)
             lock.write.assert_not_called()
-            self.assertEqual(0o600, stat.S_IMODE(os.stat(self.path).st_mode))
-            os.unlink(self.path)
-
-    def test_what_takes_the_name_later_is_not_looked_at(self):
-        """Neither by mode and group, nor for what is to be found again."""
-        victim, bound = os.path.join(self.dir, 'victim'), self.path + '.bound'
-        touch(victim)
-        os.chmod(victim, 0o600)
-        before = os.stat(victim)
-
-        def swap(*args, open=os.open):
-            file = open(*args)
-            os.rename(self.path, bound)
-            os.symlink(victim, self.path)
-            return file
-
-        gid = os.getgid() if os.geteuid() else 12345
-        with fixtures.MonkeyPatch('os.open', swap):
-            identity = self.bind(0o604, gid).identity
-        self.assertEqual(before, os.stat(victim))
-        info = os.stat(bound)
-        self.assertEqual((0o604, gid, identity), (
-            stat.S_IMODE(info.st_mode), info.st_gid,
-            unix_notifier._identity(info)))
-
-    def test_umask_is_neither_used_nor_touched(self):
-        self.addCleanup(os.umask, os.umask(0o077))
-        with fixtures.MonkeyPatch('os.umask', None):
-            self.bind(0o666)
-        self.assertEqual(0o666, stat.S_IMODE(os.stat(self.path).st_mode))
-        self.assertEqual(0o077, os.umask(0o077))
+            self.assertNotEqual(0o604, mode_of(ours))
+        self.assertEqual(before, [os.stat(self.path)])
+        for name in os.listdir(self.dir):
+            os.unlink(os.path.join(self.dir, name))
 
     def test_failure_leaves_nothing_and_names_the_path(self):
         os.chmod(self.dir, 0o777)
         os.chmod(os.path.dirname(self.dir), 0o755)
-        with as_uid(os.geteuid() or NOBODY):
-            before = open_files()
-            error = self.assertRaises(PermissionError, self.bind, 0o660, 1)
-            self.assertNames(error, self.path)
-            self.assertEqual([], os.listdir(self.dir))
-            self.path = os.path.join(self.dir, 'missing', 's')
-            error = self.assertRaises(FileNotFoundError, self.bind)
-            self.assertNames(error, self.path)
-            self.assertEqual(before, open_files())
-
-    def test_link_to_it_is_not_it(self):
-        bound = self.bind()
-        os.rename(self.path, self.path + '.bound')
-        os.symlink(self.path + '.bound', self.path)
-        self.assertFalse(bound.intact())
-        bound.unlink()
-        self.assertTrue(os.path.islink(self.path))
+        missing = os.path.join(self.dir, 'missing', 's')
+        no_file = mock.Mock(side_effect=OSError(errno.EMFILE, 'a test'))
+        for path, gid, opener, error_type in (
+                (self.path, 1, os.open, PermissionError),
+                (self.path, None, no_file, OSError),
+                (missing, None, os.open, FileNotFoundError)):
+            self.path = path
+            with as_uid(os.geteuid() or NOBODY):
+                before = open_files()
+                with fixtures.MonkeyPatch('os.open', opener):
+                    error = self.assertRaises(
+                        error_type, self.bind, 0o660, gid)
+                self.assertNames(error, path)
+                self.assertEqual((before, []),
+                                 (open_files(), os.listdir(self.dir)))
 
     def test_unlink_removes_only_our_own(self):
         bound = self.bind()
@@ -1409,6 +1335,12 @@ class BoundTest(TestCase):
         self.assertTrue(successor.intact())
         with fixtures.MonkeyPatch('os.unlink', os.rmdir):   # not permitted
             successor.unlink()
+        # A link to it is not it.
+        os.rename(self.path, self.path + '.bound')
+        os.symlink(self.path + '.bound', self.path)
+        self.assertFalse(successor.intact())
+        successor.unlink()
+        self.assertTrue(os.path.islink(self.path))
 
     def test_group_is_a_name_or_a_number(self):
         mine = grp.getgrgid(os.getgid())
@@ -1913,14 +1845,6 @@ class HubCase(TestCase):
                     times.append(passed)
                     count += 1
         return times
-
-    def run_threads(self, targets):
-        threads = [threading.Thread(target=each) for each in targets]
-        for each in threads:
-            each.start()
-        for each in threads:
-            each.join(WAIT)
-            self.assertFalse(each.is_alive())
 
     def assertServed(self, hub, *clients):
         """The next notification reaches them."""

@@ -402,7 +402,6 @@ class SteppedHub(unix_notifier._Hub):
     called_last = property(lambda self: self.loop.role._door.locked)
     ready = property(lambda self: self.loop.turn.aim is not None)
     taken = property(lambda self: self.loop.turn.taken)
-    tokens = property(lambda self: len(self.loop.turn.free))
     waiting = property(lambda self: self.loop.inbox.waiting())
 
     roles = unix_notifier._Seeker, unix_notifier._Alone
@@ -535,21 +534,6 @@ class SteppedHub(unix_notifier._Hub):
                 function()
 
         self.loop.turn.free = Free([True])
-
-
-def make_clogged_subscriber(backlog):
-    """A subscriber stuck in the middle of line 0, and its peer.
-
-    The kernel's buffer is full, so nothing can be sent until the peer reads.
-    """
-    ours, peer = socket.socketpair()
-    ours.setblocking(False)
-    peer.settimeout(WAIT)
-    subscriber = unix_notifier._Subscriber(ours, backlog, 'someone')
-    backlog.extend([line(0, 1024 * 1024)])
-    while not subscriber.blocked:
-        subscriber.flush()
-    return subscriber, peer
 
 
 class TestCase(base.BaseTestCase):
@@ -1392,9 +1376,7 @@ class ClearTest(TestCase):
                 unix_notifier._no_fork().release()
 
         def spy():
-            thread = threading.Thread(target=fork)
-            thread.start()
-            thread.join(WAIT)
+            self.run_threads([fork])
             return make()
 
         self.patch('_unix_socket', spy)
@@ -1481,6 +1463,12 @@ class SubscriberTest(TestCase):
         return [parse(each)
                 for each in bytes(subscriber.sock.data).splitlines(True)]
 
+    def assertSends(self, subscriber, count, *gaps):
+        """What it sends accounts for so many, by records for the gaps."""
+        messages = self.drain(subscriber)
+        self.assertEqual((count, list(gaps)),
+                         (account(messages), lost(messages)))
+
     def test_any_traffic_is_accounted_for(self):
         self.patch('_CHUNK_MAX', 600)
         for seed in range(120):
@@ -1525,27 +1513,22 @@ class SubscriberTest(TestCase):
                                (2 * size - 4, 2)):
             sock.room = room
             subscriber.flush()
-            self.assertTrue(subscriber.blocked)
-            self.assertEqual(received, subscriber.received())
-        self.assertEqual(3, account(self.drain(subscriber)))
+            self.assertEqual((True, received),
+                             (subscriber.blocked, subscriber.received()))
+        self.assertSends(subscriber, 3)
         self.assertFalse(subscriber.blocked)
 
     def test_half_sent_line_goes_whole_before_the_record(self):
-        backlog = unix_notifier._Backlog(0)
-        subscriber, peer = make_clogged_subscriber(backlog)
+        subscriber, sock, backlog = self.make(0)
+        backlog.extend([line(0)])
+        sock.room = 5
+        subscriber.flush()
         for number in range(1, 5):
             backlog.extend([line(number)])
         self.assertTrue(subscriber.trim(backlog))
         self.assertFalse(subscriber.trim(backlog))
-        data = b''
-        while data.count(b'\n') < 3:
-            data += peer.recv(1 << 20)
-            if subscriber.pending():
-                subscriber.flush()
-        messages = [parse(each) for each in data.splitlines(True)]
-        self.assertEqual((5, [3]), (account(messages), lost(messages)))
-        self.assertEqual('subscriber too slow',
-                         messages[1]['payload']['reason'])
+        self.assertSends(subscriber, 5, 3)
+        self.assertIn(b'"subscriber too slow"', sock.data)
         self.assertEqual((2, 3), (subscriber.received(), subscriber.lost))
 
     def test_skipped_record_counts_what_it_stands_for(self):
@@ -1554,8 +1537,7 @@ class SubscriberTest(TestCase):
         backlog.extend([line(41)])
         backlog.extend([line(42)])
         self.assertTrue(subscriber.trim(backlog))
-        messages = self.drain(subscriber)
-        self.assertEqual((43, [42]), (account(messages), lost(messages)))
+        self.assertSends(subscriber, 43, 42)
 
     def test_half_sent_record_goes_whole(self):
         subscriber, sock, backlog = self.make(0)
@@ -1571,8 +1553,7 @@ class SubscriberTest(TestCase):
         subscriber.flush()
         backlog.extend([line(5)])
         subscriber.trim(backlog)
-        messages = self.drain(subscriber)
-        self.assertEqual((6, [3, 1, 1]), (account(messages), lost(messages)))
+        self.assertSends(subscriber, 6, 3, 1, 1)
 
     def test_line_larger_than_the_buffer_reaches_who_is_ready(self):
         subscriber, sock, backlog = self.make(1000)
@@ -1583,18 +1564,15 @@ class SubscriberTest(TestCase):
         backlog.extend([line(1, 5000)])
         # Half sent as it is, it goes whole; the newest one is kept.
         self.assertFalse(subscriber.trim(backlog))
-        messages = self.drain(subscriber)
-        self.assertEqual((2, []), (account(messages), lost(messages)))
+        self.assertSends(subscriber, 2)
 
     def test_within_the_buffer_nothing_is_skipped(self):
         chunk = len(line(0)) + unix_notifier._CHUNK_COST
         subscriber, sock, backlog = self.make(3 * chunk)
-        for number in range(3):
+        for number, trims in enumerate((False, False, False, True)):
             backlog.extend([line(number)])
-        self.assertFalse(subscriber.trim(backlog))
-        backlog.extend([line(3)])
-        self.assertTrue(subscriber.trim(backlog))
-        self.assertEqual([1], lost(self.drain(subscriber)))
+            self.assertEqual(trims, subscriber.trim(backlog))
+        self.assertSends(subscriber, 4, 1)
 
     def test_one_send_is_bounded(self):
         self.patch('_CHUNK_MAX', 4096)
@@ -1635,6 +1613,9 @@ class SubscriberTest(TestCase):
             self.assertEqual(line(0, size), peer.recv(1 << 20))
             self.assertEqual((times, False),
                              (sends.call_count, subscriber.pending()))
+        backlog.extend([line(0)])
+        peer.close()
+        self.assertRaises(BrokenPipeError, subscriber.flush, True)
 
     def test_short_send_fails_as_any_other(self):
         backlog = unix_notifier._Backlog(1 << 30)
@@ -1652,13 +1633,6 @@ class SubscriberTest(TestCase):
                 subscriber.flush()
         self.assertEqual([line(number + 1, 9000) for number in range(emitted)],
                          data.splitlines(True))
-
-    def test_short_send_to_who_is_gone_raises(self):
-        backlog = unix_notifier._Backlog(1 << 30)
-        subscriber, peer = self.peers(backlog)
-        backlog.extend([line(0)])
-        peer.close()
-        self.assertRaises(BrokenPipeError, subscriber.flush, True)
 
     def test_what_the_peer_sends_is_discarded_up_to_a_limit(self):
         subscriber, peer = self.peers()
@@ -1746,9 +1720,7 @@ class EventTest(TestCase):
         self.assertFalse(os.get_inheritable(event.fileno()))
         del event
         self.assertEqual(before, open_files())
-
-    def test_descriptors_that_run_out_meanwhile_are_not_kept(self):
-        before = open_files()
+        # Nor is one kept when there is no other.
         for name in 'socket.socket', 'os.eventfd':
             with fixtures.MonkeyPatch(name, none_left):
                 self.assertRaises(RuntimeError, unix_notifier._Event)
@@ -1775,11 +1747,7 @@ class GateTest(TestCase):
             each.set()
             self.assertTrue(look())
             each.clear()
-
-    def test_closed_descriptor_is_a_reason_to_go_on(self):
-        event = unix_notifier._Event()
-        look = unix_notifier._poll(event.fileno())
-        event.close()
+        each.close()        # is a reason to go on
         self.assertTrue(look())
 
     def test_other_threads_get_no_turn(self):
@@ -1798,15 +1766,30 @@ class HubCase(TestCase):
         self.assertEqual(served, hub.served)
         return hub
 
-    def start_hub(self, **options):
-        """A hub with its thread, and a client."""
+    def make_served(self, count=1, **options):
+        """A hub, and so many clients."""
+        hub = self.make_hub(**options)
+        return hub, *(self.connect(hub) for _ in range(count))
+
+    def make_threaded(self, **options):
         hub = SteppedHub(self.make_settings(**options), stepped=False)
         self.addCleanup(hub.close)
+        return hub
+
+    def start_hub(self, **options):
+        """A hub with its thread, and a client."""
+        hub = self.make_threaded(**options)
         hub.start()
         self.await_service()
         client = self.connect()
         wait_until(lambda: hub.subscribers)
         return hub, client
+
+    def take_over(self):
+        """Another hub has the path, whoever had it."""
+        for name in os.listdir(self.dir):
+            os.unlink(os.path.join(self.dir, name))
+        return self.make_hub()
 
     def spy(self, hub, first=lambda: None):
         """For a hook: what is emitted then, after the first, is queued."""
@@ -1872,17 +1855,11 @@ class StartTest(HubCase):
         self.assertEqual(0, hub.starts)
 
     def test_forty_threads_may_look_at_once(self):
-        hub, failures = self.make_hub(), []
+        hub, done = self.make_hub(), []
         self.switch_threads_often()
-
-        def notify():
-            try:
-                self.emit(hub, range(100))
-            except Exception as error:
-                failures.append(error)
-
-        self.run_threads([notify] * 40)
-        self.assertEqual([], failures)
+        self.run_threads(
+            40 * [lambda: done.append(self.emit(hub, range(100)))])
+        self.assertEqual(40, len(done))     # none has raised anything
         self.assertQueued(hub, 0)
 
     def test_connect_before_notify_is_the_start(self):
@@ -1893,29 +1870,23 @@ class StartTest(HubCase):
         hub.turn()
         self.assertEqual(3, account(client.read()))
 
-    def emit_while_looking(self, hub, hook):
-        """Emit; call the hook when the look has found nothing."""
-        self.assertFalse(hub.anyone_seen)
-        hub.on_look(hook)
-        self.emit(hub, range(1))
-        hub.turn()
-
-    def test_gate_opened_after_the_look_is_seen(self):
-        hub, clients = self.make_hub(), []
-        self.emit_while_looking(
-            hub, lambda: clients.append(self.connect(hub)))
-        self.assertEqual(1, account(clients[0].read()))
-
-    def test_gate_replaced_after_the_look_is_looked_at(self):
-        hub, clients = self.make_hub(), []
+    def test_gate_changed_after_the_look_is_looked_at(self):
+        def accept():
+            clients.append(self.connect(hub))
 
         def rebind():
             os.unlink(self.path)
             hub.look_again()
             clients.append(self.connect())
 
-        self.emit_while_looking(hub, rebind)
-        self.assertEqual(1, account(clients[0].read()))
+        for change in accept, rebind:
+            hub, clients = self.make_hub(), []
+            self.assertFalse(hub.anyone_seen)
+            hub.on_look(change)
+            self.emit(hub, range(1))
+            hub.turn()
+            self.assertEqual(1, account(clients[0].read()), change)
+            hub.finish()
 
     def test_gate_is_replaced_before_its_listener_closes(self):
         hub, looked_at = self.make_hub(), []
@@ -1929,9 +1900,7 @@ class StartTest(HubCase):
 
     def test_gate_is_open_before_a_listener_that_lost_its_path_closes(self):
         hub = self.make_hub()
-        for suffix in '', '.lock':
-            os.unlink(self.path + suffix)
-        self.make_hub()
+        self.take_over()
         hub.on_close_listener(self.spy(hub))
         hub.look_again()
 
@@ -1958,8 +1927,7 @@ class StartTest(HubCase):
             self.assertEqual(1, account(each.read()))
 
     def test_gate_is_open_while_anybody_is_there(self):
-        hub = self.make_hub()
-        clients = [self.connect(hub), self.connect(hub)]
+        hub, *clients = self.make_served(2)
         for each in clients:
             self.assertTrue(hub.gate_open)
             each.sock.close()
@@ -1972,8 +1940,7 @@ class QueueTest(HubCase):
     """Hub: from the queue to the subscribers, and what is lost on the way."""
 
     def test_everybody_gets_everything_in_order(self):
-        hub = self.make_hub(sock_buffer_size=16 << 20)
-        clients = [self.connect(hub) for _ in range(3)]
+        hub, *clients = self.make_served(3, sock_buffer_size=16 << 20)
         self.emit(hub, range(20))
         # More than the kernel holds.
         self.emit(hub, range(20, 22), size=3 << 20)
@@ -1987,26 +1954,21 @@ class QueueTest(HubCase):
             self.assertEqual([], lost(each.messages))
 
     def test_notification_larger_than_the_buffer_arrives(self):
-        hub = self.make_hub()
-        client = self.connect(hub)
+        hub, client = self.make_served()
         self.emit(hub, range(1), size=12 << 20)
         self.emit(hub, range(1, 2))     # no room is left
         self.pump(hub, client, 2)
         self.emit(hub, range(2, 3))
         self.pump(hub, client, 3)
         self.assertEqual([1], lost(client.messages))
-
-    def test_line_that_nobody_would_take_is_lost(self):
+        # But none of which nobody would take the line.
         self.patch('_LINE_MAX', 1000)
-        hub = self.make_hub()
-        client = self.connect(hub)
-        self.emit(hub, range(1), size=1000)
-        self.pump(hub, client, 1)
-        self.assertEqual([1], lost(client.messages))
+        self.emit(hub, range(3, 4), size=1000)
+        self.pump(hub, client, 4)
+        self.assertEqual([1, 1], lost(client.messages))
 
     def test_full_queue_leaves_records_at_their_places(self):
-        hub = self.make_hub(sock_buffer_size=65536)
-        client = self.connect(hub)
+        hub, client = self.make_served(sock_buffer_size=65536)
         for first in (0, 100, 200):
             self.emit(hub, range(first, first + 100))
             hub.turn()
@@ -2020,8 +1982,7 @@ class QueueTest(HubCase):
         self.pump(hub, client, 401)
 
     def test_drops_at_once_count_once_and_in_place(self):
-        hub = self.make_hub(sock_buffer_size=65536)
-        client = self.connect(hub)
+        hub, client = self.make_served(sock_buffer_size=65536)
         self.emit(hub, range(64))
         first = hub.count_drop()    # a thread has counted, and no more
         self.emit(hub, range(65, 66))
@@ -2093,8 +2054,8 @@ class QueueTest(HubCase):
         self.assertEqual([6], lost(client.messages))
 
     def test_publisher_far_ahead_gives_way_unless_sleep_is_patched(self):
-        hub, slept = self.make_hub(sock_buffer_size=65536), []
-        self.connect(hub)
+        hub, _ = self.make_served(sock_buffer_size=65536)
+        slept = []
         # eventlet's is a plain function, and would switch green threads.
         for sleep, times in ((lambda delay: slept.append(delay), 0),
                              (slept.append, 27)):
@@ -2104,8 +2065,7 @@ class QueueTest(HubCase):
             hub.turn()
 
     def test_beside_a_busy_thread_the_first_send_alone_gives_up_the_gil(self):
-        hub = self.make_hub()
-        clients = [self.connect(hub) for _ in range(4)]
+        hub, *clients = self.make_served(4)
         for limit, times in ((3600, 0), (-1, 3), (-1, 3), (3600, 0)):
             self.patch('_GIL_LATE', limit)
             sends = self.count_short_sends()
@@ -2113,8 +2073,7 @@ class QueueTest(HubCase):
             self.assertEqual(times, sends.call_count)
 
     def test_laggard_loses_its_oldest_and_nobody_else_does(self):
-        hub = self.make_hub(sock_buffer_size=65536)
-        slow, fast = self.connect(hub), self.connect(hub)
+        hub, slow, fast = self.make_served(2, sock_buffer_size=65536)
         laggard, _ = hub.subscribers
         for number in range(2000):
             self.emit(hub, [number], size=1000)
@@ -2186,12 +2145,19 @@ class HandOverTest(HubCase):
 
     """Hub: notify() itself sends, where that is plainly possible."""
 
-    def make_ready(self):
-        """A hub, whose loop would send nothing, and its only subscriber."""
-        hub = self.make_hub()
-        client = self.connect(hub)
+    def make_ready(self, count=1):
+        """A hub, whose loop would send nothing, and its subscribers."""
+        hub, *clients = self.make_served(count)
         hub.hand_over(True)
-        return hub, client
+        return hub, *clients
+
+    def kernel_takes(self, size):
+        """Have it take so much of what, of a size, notify() sends; or -1."""
+        def send(fd, data, *_):
+            taken = size(len(data))
+            return os.write(fd, data[:taken]) if taken > 0 else taken
+
+        return mock.patch.object(unix_notifier._libc, 'send', send)
 
     def test_line_is_sent_when_notify_returns(self):
         hub, client = self.make_ready()
@@ -2234,28 +2200,21 @@ class HandOverTest(HubCase):
                                   account(other.read())))
 
     def test_to_more_than_a_few_it_is_left_to_the_loop(self):
-        hub, client = self.make_ready()
-        others = [self.connect(hub) for _ in range(15)]
+        hub, *clients = self.make_ready(16)
         self.emit(hub, range(1))
-        self.assertEqual([1] * 16, [account(each.read())
-                                    for each in (client, *others)])
+        self.assertEqual([1] * 16, [account(each.read()) for each in clients])
         last = self.connect(hub)
-        self.assertLeft(hub, client)
+        self.assertLeft(hub, clients[0])
         self.assertEqual(2, account(last.read(), 1))
 
     def test_some_got_it_and_some_in_part_or_not_at_all(self):
         """Each goes on where it is, and the account is exact."""
-        hub, client = self.make_ready()
-        clients = [client, *(self.connect(hub) for _ in range(9))]
+        hub, *clients = self.make_ready(10)
         chance = random.Random(1)
         for number in range(0, 100, 2):
             hub.credit = 0
-
-            def send(fd, data, *_):
-                size = chance.choice((-1, 0, 9, len(data) - 1, len(data)))
-                return os.write(fd, data[:size]) if size > 0 else size
-
-            with mock.patch.object(unix_notifier._libc, 'send', send):
+            with self.kernel_takes(lambda size: chance.choice(
+                    (-1, 0, 9, size - 1, size))):
                 self.emit(hub, range(number, number + 2))
             hub.turn()
             self.assertEqual([number + 2] * 10, [
@@ -2320,10 +2279,7 @@ class HandOverTest(HubCase):
         hub, client = self.make_ready()
         for number in range(0, 60, 2):
             hub.asleep, hub.credit = True, 0
-            size = number * 2 + 1
-            with mock.patch.object(
-                    unix_notifier._libc, 'send',
-                    lambda fd, data, *_: os.write(fd, data[:size])):
+            with self.kernel_takes(lambda _: number * 2 + 1):
                 self.emit(hub, range(number, number + 2))
             self.assertEqual(number, len(client.read()))
             self.assertEqual(number // 2 + 1, hub.starts)   # it was woken
@@ -2339,8 +2295,7 @@ class HandOverTest(HubCase):
 
         hub.on_handed_over(interrupt)
         hub.asleep = True
-        with mock.patch.object(unix_notifier._libc, 'send',
-                               lambda fd, data, *_: os.write(fd, data[:9])):
+        with self.kernel_takes(lambda _: 9):
             self.assertRaises(KeyboardInterrupt, self.emit, hub, range(1))
         self.assertEqual(1, hub.starts)
         hub.turn()
@@ -2365,15 +2320,8 @@ class HandOverTest(HubCase):
 
     def test_exit_in_a_signal_handler_right_after_the_sends(self):
         """One stream took nothing, one a part, and one all of the line."""
-        hub, client = self.make_ready()
-        clients = [client, *(self.connect(hub) for _ in range(2))]
-        sizes, real = [-1, 9, len(line(0))], unix_notifier._libc.send
-
-        def send(fd, data, *more):
-            if not sizes:
-                return real(fd, data, *more)
-            size = sizes.pop(0)
-            return os.write(fd, data[:size]) if size > 0 else size
+        hub, *clients = self.make_ready(3)
+        sizes = [-1, 9, len(line(0))]
 
         def handle(frame, event, function):
             """Where a signal that came amid a call in C is handled."""
@@ -2381,7 +2329,7 @@ class HandOverTest(HubCase):
                 sys.setprofile(None)
                 hub.finish()
 
-        with mock.patch.object(unix_notifier._libc, 'send', send):
+        with self.kernel_takes(lambda size: sizes.pop(0) if sizes else size):
             sys.setprofile(handle)
             self.emit(hub, range(1))
         self.assertEqual([[], None], [sizes, hub.rest])
@@ -2497,8 +2445,7 @@ class AcceptTest(HubCase):
 
     def test_coming_and_going_is_logged(self):
         self.patch('_VISITS_INTERVAL', 0)
-        hub = self.make_hub(sock_mode='0606')
-        client = self.connect(hub)
+        hub, client = self.make_served(sock_mode='0606')
         self.emit(hub, range(3))
         hub.turn()
         client.sock.close()
@@ -2599,8 +2546,7 @@ class AcceptTest(HubCase):
     def test_who_comes_or_talks_in_a_loop_has_a_turn_now_and_then(self):
         self.patch('_REST', 0.02)
         self.patch('_REST_MAX', 0.06)
-        hub = self.make_hub()
-        client = self.connect(hub)
+        hub, client = self.make_served()
         for act in lambda: client.sock.send(b'x'), self.connect:
             begin = time.monotonic()
             for _ in range(10):
@@ -2680,8 +2626,7 @@ class AcceptTest(HubCase):
 
     def test_who_cannot_be_watched_is_parted(self):
         self.patch('_VISITS_INTERVAL', 0)
-        hub = self.make_hub()
-        other = self.connect(hub)
+        hub, other = self.make_served()
         with mock.patch.object(
                 hub.selector, 'register', autospec=True,
                 side_effect=OSError(errno.ENOSPC, 'too many are watched')):
@@ -2692,8 +2637,7 @@ class AcceptTest(HubCase):
         self.assertServed(hub, other, self.connect(hub))
 
     def test_who_could_not_be_watched_for_a_while_is_later(self):
-        hub = self.make_hub()
-        client = self.connect(hub)
+        hub, client = self.make_served()
         client.sock.shutdown(socket.SHUT_WR)
         hub.turn()      # nothing to watch for, until it takes no more
         self.emit(hub, range(1), size=2 ** 20)
@@ -2718,8 +2662,7 @@ class AcceptTest(HubCase):
 
     def test_talker_is_cut_off(self):
         self.patch('_VISITS_INTERVAL', 0)
-        hub = self.make_hub()
-        talker, quiet = self.connect(hub), self.connect(hub)
+        hub, talker, quiet = self.make_served(2)
         for _ in range(70):
             with contextlib.suppress(BrokenPipeError):
                 talker.sock.send(b'x' * 1024)
@@ -2791,8 +2734,7 @@ class AcceptTest(HubCase):
             hub.finish()
 
     def test_gone_in_the_middle_of_a_line_parts_quietly(self):
-        hub = self.make_hub()
-        gone, other = self.connect(hub), self.connect(hub)
+        hub, gone, other = self.make_served(2)
         self.emit(hub, range(1), size=1 << 20)
         hub.turn()
         gone.sock.recv(100)
@@ -2953,8 +2895,7 @@ class PathTest(HubCase):
                          self.dir)
 
     def test_troubles_that_take_turns_are_told_once_each(self):
-        hub = self.make_hub()
-        client = self.connect(hub)
+        hub, client = self.make_served()
         os.unlink(self.path)
         for _ in range(3):
             touch(self.path)
@@ -2975,8 +2916,7 @@ class PathTest(HubCase):
     def test_who_serves_is_told_again_though_notify_does_the_work(self):
         self.patch('_AGAIN', 0)
         self.patch('_CHECK_INTERVAL', 0)
-        hub = self.make_hub()
-        client = self.connect(hub)
+        hub, client = self.make_served()
         self.emit(hub, range(1))
         self.pump(hub, client, 1)
         self.assertLogged(', since 20')
@@ -3062,8 +3002,7 @@ class PathTest(HubCase):
             patch.stop()
 
     def test_directory_that_vanishes_and_returns_heals(self):
-        hub = self.make_hub()
-        client = self.connect(hub)
+        hub, client = self.make_served()
         os.rename(self.dir, self.dir + '2')
         with self.trouble(hub, self.dir):
             self.assertServed(hub, client)
@@ -3116,8 +3055,7 @@ class PathTest(HubCase):
         self.assertLogged('served with')
 
     def test_who_lost_the_lock_alone_keeps_serving(self):
-        hub = self.make_hub()
-        client = self.connect(hub)
+        hub, client = self.make_served()
         os.unlink(self.path + '.lock')
         other = unix_notifier._Lock(self.path + '.lock')
         other.acquire()
@@ -3127,8 +3065,7 @@ class PathTest(HubCase):
         self.assertLogged(': served with', 2)   # once when all was well
 
     def test_lock_that_others_have_closed_is_taken_again(self):
-        hub = self.make_hub()
-        client = self.connect(hub)
+        hub, client = self.make_served()
         os.close(hub.lock.fd)
         hub.look_again(2)
         self.assertTrue(hub.holds_lock)
@@ -3136,8 +3073,7 @@ class PathTest(HubCase):
 
     def test_who_lost_lock_and_path_sends_subscribers_on(self):
         self.patch('_VISITS_INTERVAL', 0)
-        hub = self.make_hub()
-        client = self.connect(hub)
+        hub, client = self.make_served()
         for name in os.listdir(self.dir):
             os.unlink(os.path.join(self.dir, name))
         other = self.make_hub()
@@ -3328,8 +3264,7 @@ class EndTest(HubCase):
         self.assertEqual(5, account(slow.messages))
 
     def test_close_waits_for_one_that_reads_slowly(self):
-        hub = self.make_hub()
-        client = self.connect(hub)
+        hub, client = self.make_served()
         self.emit(hub, range(1), size=300 << 10)
         hub.turn()
         # The kernel takes more only once most of what it has was read.
@@ -3385,8 +3320,7 @@ class EndTest(HubCase):
 
     @as_root
     def test_close_delivers_though_the_file_cannot_be_removed(self):
-        hub = self.make_hub()
-        client = self.connect(hub)
+        hub, client = self.make_served()
         self.emit(hub, range(2))
         os.chmod(self.dir, 0o755)
         with as_uid(NOBODY):
@@ -3410,8 +3344,7 @@ class EndTest(HubCase):
 
     def test_child_hands_nothing_over_by_a_number_of_its_parents(self):
         """A green thread that was amid notify() goes on in the child."""
-        hub = self.make_hub()
-        client = self.connect(hub)
+        hub, client = self.make_served()
         hub.hand_over(True)
         self.assertTrue(hub.ready)
 
@@ -3426,8 +3359,7 @@ class EndTest(HubCase):
 
     def test_child_closes_what_it_inherited_and_the_parent_notices_nothing(
             self):
-        hub = self.make_hub(sock_buffer_size=65536)
-        client = self.connect(hub)
+        hub, client = self.make_served(sock_buffer_size=65536)
         self.emit(hub, range(70))
         count = len(open_files())
 

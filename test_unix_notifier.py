@@ -646,6 +646,10 @@ class TestCase(base.BaseTestCase):
         with socket.socket(socket.AF_UNIX) as sock:
             self.assertRaises(ConnectionRefusedError, sock.connect, path)
 
+    def remove_all(self):
+        for name in os.listdir(self.dir):
+            os.unlink(os.path.join(self.dir, name))
+
     @contextlib.contextmanager
     def assertPrompt(self):
         before = time.monotonic()
@@ -1151,28 +1155,22 @@ class LockTest(TestCase):
             self.assertNotAcquired(error_type, text, self.path)
 
     @as_root
-    def test_foreign_lock_is_refused(self):
-        touch(self.path)
-        os.chown(self.path, 1, -1)
-        self.assertNotAcquired(PermissionError, 'uid 1', self.path)
-        # The same for a service, whose directory this is.
-        os.chmod(self.path, 0o666)
-        os.chown(self.dir, NOBODY, -1)
+    def test_root_and_a_service_keep_out_of_each_others_way(self):
         os.chmod(os.path.dirname(self.dir), 0o755)
-        with as_uid(NOBODY):
-            self.assertNotAcquired(PermissionError, 'uid 1', self.path)
-
-    @as_root
-    def test_root_creates_nothing_in_a_services_directory(self):
         os.chown(self.dir, NOBODY, -1)
         self.assertNotAcquired(PermissionError, 'uid %d' % NOBODY, self.dir)
         self.assertEqual([], os.listdir(self.dir))
         # The other way round is fine.
         os.chown(self.dir, 0, -1)
         os.chmod(self.dir, 0o777)
-        os.chmod(os.path.dirname(self.dir), 0o755)
         with as_uid(NOBODY):
-            self.held()
+            self.held().close()
+        # But what is another's is no lock.
+        os.chown(self.path, 1, -1)
+        os.chmod(self.path, 0o666)
+        for uid in 0, NOBODY:
+            with as_uid(uid):
+                self.assertNotAcquired(PermissionError, 'uid 1', self.path)
 
     def test_missing_directory_is_named(self):
         os.rmdir(self.dir)
@@ -1253,11 +1251,12 @@ class BoundTest(TestCase):
                  (old, self.path)]
         if os.geteuid() == 0:
             cases.append((foreign, self.path))
-        for make, path in cases:
-            self._bind_amid_swap(False, make, path)
-            self._bind_amid_swap(True, make, path)
+        for (make, path), late in itertools.product(cases, (False, True)):
+            before = self._bind_amid_swap(make, path, late)
+            self.assertEqual(before, os.stat(self.path), (make, path, late))
+            self.remove_all()
 
-    def _bind_amid_swap(self, late, make, path):
+    def _bind_amid_swap(self, make, path, late):
         """Make what takes the name, itself or by a link to the path."""
         ours, before = self.path + '.bound', []
 
@@ -1279,18 +1278,15 @@ class BoundTest(TestCase):
             self.assertEqual((0o604, self.GID, identity), (
                 mode_of(ours), info.st_gid, unix_notifier._identity(info)))
         else:
-            lock = mock.create_autospec(unix_notifier._Lock)
             with unix_notifier._unix_socket() as sock:
-                error = self.assertRaises(
-                    OSError, unix_notifier._bind, mock.Mock(
-                        wraps=sock, bind=functools.partial(swap, sock.bind)),
-                    self.path, 0o604, lock, self.GID)
+                green = mock.Mock(wraps=sock, bind=functools.partial(
+                    swap, sock.bind))
+                # Without a lock, for that is not to be written.
+                error = self.assertRaises(OSError, unix_notifier._bind, green,
+                                          self.path, 0o604, None, self.GID)
             self.assertNames(error, self.path)
-            lock.write.assert_not_called()
             self.assertNotEqual(0o604, mode_of(ours))
-        self.assertEqual(before, [os.stat(self.path)])
-        for name in os.listdir(self.dir):
-            os.unlink(os.path.join(self.dir, name))
+        return before.pop()
 
     def test_failure_leaves_nothing_and_names_the_path(self):
         os.chmod(self.dir, 0o777)
@@ -1540,6 +1536,7 @@ class SubscriberTest(TestCase):
             ours, backlog or unix_notifier._Backlog(0), 'who'), peer
 
     def test_short_send_keeps_the_gil_on_demand(self):
+        """And does as any other where the kernel takes no more of it."""
         backlog = unix_notifier._Backlog(1 << 30)
         subscriber, peer = self.peers(backlog)
         sends = self.count_short_sends()
@@ -1550,26 +1547,20 @@ class SubscriberTest(TestCase):
             self.assertEqual(line(0, size), peer.recv(1 << 20))
             self.assertEqual((times, False),
                              (sends.call_count, subscriber.pending()))
-        backlog.extend([line(0)])
-        peer.close()
-        self.assertRaises(BrokenPipeError, subscriber.flush, True)
-
-    def test_short_send_fails_as_any_other(self):
-        backlog = unix_notifier._Backlog(1 << 30)
-        subscriber, peer = self.peers(backlog)
-        peer.settimeout(WAIT)
-        emitted = 0
+        emitted, data = [], b''
         while not subscriber.blocked:
-            emitted += 1
-            backlog.extend([line(emitted, 9000)])
+            emitted.append(line(len(emitted), 9000))
+            backlog.extend(emitted[-1:])
             subscriber.flush(True)
-        data = b''
-        while data.count(b'\n') < emitted:
+        peer.settimeout(WAIT)
+        while data.count(b'\n') < len(emitted):
             data += peer.recv(1 << 20)
             if subscriber.pending():
                 subscriber.flush()
-        self.assertEqual([line(number + 1, 9000) for number in range(emitted)],
-                         data.splitlines(True))
+        self.assertEqual(emitted, data.splitlines(True))
+        backlog.extend([line(0)])
+        peer.close()
+        self.assertRaises(BrokenPipeError, subscriber.flush, True)
 
     def test_what_the_peer_sends_is_discarded_up_to_a_limit(self):
         subscriber, peer = self.peers()
@@ -1723,8 +1714,7 @@ class HubCase(TestCase):
 
     def take_over(self):
         """Another hub has the path, whoever had it."""
-        for name in os.listdir(self.dir):
-            os.unlink(os.path.join(self.dir, name))
+        self.remove_all()
         return self.make_hub()
 
     def spy(self, hub, first=lambda: None):

@@ -580,11 +580,10 @@ class TestCase(base.BaseTestCase):
         sys.setswitchinterval(interval)
         self.assertEqual(before + 1, after)
 
-    def count_short_sends(self):
-        """What is called for each send that keeps the GIL."""
+    def counted(self, owner, name):
+        """A mock in its place, which passes calls on."""
         return self.useFixture(fixtures.MockPatchObject(
-            unix_notifier._libc, 'send',
-            wraps=unix_notifier._libc.send)).mock
+            owner, name, wraps=getattr(owner, name))).mock
 
     def switch_threads_often(self):
         self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
@@ -891,9 +890,7 @@ class EncodeTest(TestCase):
         """On Pythons whose encoder would go on, and take long to come back."""
         self.patch('_PROBES', True)
         deep = functools.reduce(lambda inner, _: {'a': inner}, range(5000), 1)
-        lines = self.useFixture(fixtures.MockPatchObject(
-            unix_notifier, '_line', autospec=True,
-            side_effect=unix_notifier._line)).mock
+        lines = self.counted(unix_notifier, '_line')
         for payload, times in (deep, 1), ({'a': [1]}, 2), (uuid.uuid4(), 3):
             self.payload(payload)
             self.assertEqual(times, lines.call_count)
@@ -921,8 +918,7 @@ class EncodeTest(TestCase):
 
         self.without_gil()
         self.patch('_dumps', unix_notifier._make_encoder())
-        lines = self.useFixture(fixtures.MockPatchObject(
-            unix_notifier, '_line', side_effect=unix_notifier._line)).mock
+        lines = self.counted(unix_notifier, '_line')
         self.assertEqual('other', self.payload(Other()))
         self.assertEqual(1 + 2, lines.call_count)
 
@@ -1413,25 +1409,21 @@ class ClearTest(TestCase):
 
 class BacklogTest(TestCase):
 
-    def chunks(self, backlog, chunk):
-        while chunk is not backlog.tail:
-            yield chunk
-            chunk = chunk.next
-
     def test_lines_are_joined_up_to_a_limit(self):
         self.patch('_CHUNK_MAX', 100)
         backlog = unix_notifier._Backlog(0)
-        head = backlog.tail
+        chunk, data, counts = backlog.tail, b'', []
         backlog.extend([])
-        self.assertIs(head, backlog.tail)
+        self.assertIs(chunk, backlog.tail)
         lines = [b'x' * size + b'\n' for size in
                  (9, 9, 79, 1, 99, 100, 500, 0, 0, 98, 1, 97)]
         backlog.extend(lines)
-        chunks = list(self.chunks(backlog, head))
-        self.assertEqual(b''.join(lines), b''.join(
-            each.data for each in chunks))
-        self.assertEqual([3, 1, 1, 1, 1, 2, 1, 2],
-                         [each.next.first - each.first for each in chunks])
+        while chunk.next:
+            data += chunk.data
+            counts.append(chunk.next.first - chunk.first)
+            chunk = chunk.next
+        self.assertEqual((b''.join(lines), [3, 1, 1, 1, 1, 2, 1, 2]),
+                         (data, counts))
 
 
 class SubscriberTest(TestCase):
@@ -1539,7 +1531,7 @@ class SubscriberTest(TestCase):
         """And does as any other where the kernel takes no more of it."""
         backlog = unix_notifier._Backlog(1 << 30)
         subscriber, peer = self.peers(backlog)
-        sends = self.count_short_sends()
+        sends = self.counted(unix_notifier._libc, 'send')
         for size, keep, times in ((10, False, 0), (10, True, 1),
                                   (unix_notifier._SHORT, True, 1)):
             backlog.extend([line(0, size)])
@@ -1954,7 +1946,7 @@ class QueueTest(HubCase):
         hub, *clients = self.make_served(4)
         for limit, times in ((3600, 0), (-1, 3), (-1, 3), (3600, 0)):
             self.patch('_GIL_LATE', limit)
-            sends = self.count_short_sends()
+            sends = self.counted(unix_notifier._libc, 'send')
             self.assertServed(hub, *clients)
             self.assertEqual(times, sends.call_count)
 
@@ -2223,7 +2215,7 @@ class HandOverTest(HubCase):
         self.patch('_HAND_OVER_TIME', 0)
         self.switch_threads_often()
         hub, client = self.start_hub()
-        sent = self.count_short_sends()
+        sent = self.counted(unix_notifier._libc, 'send')
 
         def publish(thread):
             for number in range(100):
@@ -2417,14 +2409,12 @@ class AcceptTest(HubCase):
         """All are asked once a turn whether they are there, not by each."""
         hub, *places = self.make_served(40, sock_max_subscribers=40)
         crowd = [self.connect() for _ in range(40)]
-        sends = self.count_short_sends()
-        with mock.patch.object(
-                unix_notifier, '_record', autospec=True,
-                side_effect=unix_notifier._record) as record:
-            hub.turn()
+        sends = self.counted(unix_notifier._libc, 'send')
+        records = self.counted(unix_notifier, '_record')
+        hub.turn()
         # To each one place and two to each that comes; none gives up the GIL.
         self.assertEqual(40 + 2 * 40, sends.call_count)
-        self.assertEqual(1, record.call_count)
+        self.assertEqual(1, records.call_count)
         for each in crowd:
             self.assertEqual('sock_max_subscribers is 40', each.refusal())
         places.pop(0).sock.close()      # and so has left it to another

@@ -1168,11 +1168,6 @@ class LockTest(TestCase):
             with as_uid(uid):
                 self.assertNotAcquired(PermissionError, 'uid 1', self.path)
 
-    def test_missing_directory_is_named(self):
-        os.rmdir(self.dir)
-        self.assertNotAcquired(FileNotFoundError, self.dir)
-        os.mkdir(self.dir)
-
     def test_replaced_before_flock_is_let_go(self):
         def replace_first(fd, operation, flock=fcntl.flock):
             os.unlink(self.path)
@@ -1598,16 +1593,6 @@ class SubscriberTest(TestCase):
         uid = 3 * 10 ** 9
         self.assertEqual(('pid 7, uid 3000000000', uid), unix_notifier._peer(
             mock.Mock(getsockopt=lambda *_: struct.pack('iII', 7, uid, uid))))
-
-    def test_half_closed_peer_stays(self):
-        subscriber, peer = self.peers()
-        self.assertEqual(selectors.EVENT_READ, subscriber.wanted())
-        peer.shutdown(socket.SHUT_WR)
-        self.assertIsNone(subscriber.listen())
-        self.assertEqual(0, subscriber.wanted())    # else it would spin
-        self.assertTrue(subscriber.alive())
-        peer.close()
-        self.assertFalse(subscriber.alive())
 
     def test_gone_peer_is_noticed(self):
         for unread in (b'', b'x'):
@@ -2137,15 +2122,6 @@ class HandOverTest(HubCase):
         self.assertQueued(hub, 0)
         self.assertEqual(1, account(client.read()))
 
-    def test_peer_that_has_gone_is_the_loops_to_part(self):
-        self.patch('_VISITS_INTERVAL', 0)
-        hub, client = self.make_ready()
-        client.sock.close()
-        self.emit(hub, range(1))
-        self.assertQueued(hub, 1)
-        hub.turn()
-        self.assertLogged('subscriber parted')
-
     def test_rest_of_a_line_wakes_the_loop_whatever_is_raised(self):
         hub, client = self.make_ready()
 
@@ -2493,17 +2469,6 @@ class AcceptTest(HubCase):
         self.connect().sock.close()
         self.assertServed(hub, one, other)
 
-    def test_talker_is_cut_off(self):
-        self.patch('_VISITS_INTERVAL', 0)
-        hub, talker, quiet = self.make_served(2)
-        for _ in range(70):
-            with contextlib.suppress(BrokenPipeError):
-                talker.sock.send(b'x' * 1024)
-            hub.turn()
-        self.assertServed(hub, quiet)
-        self.assertEqual(([], True), (talker.read(), talker.ended))
-        self.assertLogged('it sent more than 65536 bytes')
-
     def test_who_passes_descriptors_is_refused_or_cut_off(self):
         for guarded in unix_notifier._guarded(), False:
             if not guarded:
@@ -2807,19 +2772,6 @@ class PathTest(HubCase):
             os.mkdir(self.dir)
         self.assertServed(hub, client)
 
-    def test_lock_names_what_is_bound_before_it_listens(self):
-        bound, write = [], unix_notifier._Lock.write
-
-        def spy(lock, owned):
-            self.assertRefused(self.path)
-            write(lock, owned)
-            bound.append(lock.read()['/s'])
-
-        with fixtures.MockPatchObject(unix_notifier._Lock, 'write', spy):
-            self.make_hub()
-        self.assertEqual(
-            [unix_notifier._identity(os.stat(self.path))], bound)
-
     def test_deleted_path_is_bound_again_and_subscribers_stay(self):
         hub = self.make_hub()
         clients = [self.connect(hub), self.connect()]   # one is not accepted
@@ -3085,13 +3037,6 @@ class EndTest(HubCase):
             hub.close()
         go.set()
         hub.thread.join(WAIT)
-
-    def test_close_spares_a_successors_socket(self):
-        hub = self.make_hub()
-        os.unlink(self.path)
-        with listen(self.path):
-            hub.finish()
-            self.connect()
 
     @as_root
     def test_close_delivers_though_the_file_cannot_be_removed(self):

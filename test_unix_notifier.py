@@ -4363,6 +4363,14 @@ class RelayHeirTest(RelayCase):
             heir.die()
         self.assertLogged('handed on', 0)
 
+    def test_who_may_not_write_to_the_directory_is_no_heir(self):
+        leader, heir, client = self.make_three()
+        with mock.patch('os.access', autospec=True, return_value=False):
+            self.leave(leader, heir)
+        self.assertEqual([], client.read())
+        self.assertTrue(client.ended)
+        self.assertLogged('handed on', 0)
+
     def test_heir_that_leaves_is_one_all_the_same_if_it_has_all(self):
         leader, heir, client = self.make_three()
         self.emit(leader, range(3))

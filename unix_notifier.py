@@ -3690,12 +3690,13 @@ class _Follower:
     def _answer(self, channel):
         """Say that we would be the leader's heir, or close the channel: no.
 
-        No: who leaves, who has no loop, and root for another user, whose
-        files it would write to.
+        No: who leaves, who has no loop, root for another user, whose files it
+        would write to, and who could not bind a path that was deleted.
         """
         loop, uplink = self._loop, self._uplink
         if not (self._inherits() or loop.closing or loop.starves
-                or not uplink.greeted or uplink.uid != os.geteuid()):
+                or not uplink.greeted or uplink.uid != os.geteuid()
+                or not os.access(os.path.dirname(self._relay_path), os.W_OK)):
             with contextlib.suppress(OSError):      # it cannot be watched
                 self._estate = _Estate(loop, channel)
                 return

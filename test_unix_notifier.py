@@ -1031,37 +1031,40 @@ class OptionsTest(TestCase):
                 ('/' + '\u00e9' * 50, '/' + '\u00e9' * 50)):
             self.assertEqual(path, unix_notifier._parse_path(text))
 
+    TOO_LONG = '/' + 'x' * 101
+    # An option, a value, and what the error has to name.
+    BAD = (
+        ('sock_path', None, ('not set',)),
+        ('sock_path', '""', ('not set',)),
+        ('sock_path', 'run/s', ("'run/s'", 'absolute')),
+        ('sock_path', 'unix:run/s', ("'unix:run/s'", 'absolute')),
+        ('sock_path', '/run/', ("'/run/'", 'file')),
+        ('sock_path', '/', ("'/'", 'file')),
+        ('sock_path', 'unix:///a%00', ('absolute',)),
+        ('sock_path', TOO_LONG, (TOO_LONG, '102', '101')),
+        ('sock_path', '/' + '\u00e9' * 51, ('103', '101')),
+        ('sock_path', 'unix://host/s', ('unix://host/s', 'host')),
+        ('sock_path', 'unix:///s?a=b', ('query',)),
+        ('sock_path', 'unix:///s#a', ('fragment',)),
+        ('sock_path', '/run/<service>/s', ('<service>', '$option')),
+        ('sock_path', '/run/%(user)s', ('%(user)s', '$option')),
+        ('sock_path', '/run/{user}', ('{user}', '$option')),
+        ('sock_path', '/run/$nobody/s', ('nobody',)),
+        ('sock_path', '/run/$no.group/s', ('no such group',)),
+        ('sock_group', '$nobody', ('nobody',)),
+        ('sock_mode', '0999', ('0999', 'octal', '0777')),
+        ('sock_mode', 'rw', ("'rw'", 'octal', '0777')),
+        ('sock_mode', '-1', ('-1', '0000')),
+        ('sock_mode', '01777', ('01777', '0777')),
+        ('sock_mode', '6_6_0', ('6_6_0', 'octal')),
+        ('sock_max_subscribers', '0', ('0', '1')),
+        ('sock_max_subscribers', 'many', ('many',)),
+        ('sock_buffer_size', '65535', ('65535', '65536')),
+        ('sock_mask_secrets', 'perhaps', ('perhaps',)),
+        ('sock_send_context', 'perhaps', ('perhaps',)))
+
     def test_bad_values_are_named_with_their_limits(self):
-        too_long = '/' + 'x' * 101
-        for option, value, texts in (
-                ('sock_path', None, ('not set',)),
-                ('sock_path', '""', ('not set',)),
-                ('sock_path', 'run/s', ("'run/s'", 'absolute')),
-                ('sock_path', 'unix:run/s', ("'unix:run/s'", 'absolute')),
-                ('sock_path', '/run/', ("'/run/'", 'file')),
-                ('sock_path', '/', ("'/'", 'file')),
-                ('sock_path', 'unix:///a%00', ('absolute',)),
-                ('sock_path', too_long, (too_long, '102', '101')),
-                ('sock_path', '/' + '\u00e9' * 51, ('103', '101')),
-                ('sock_path', 'unix://host/s', ('unix://host/s', 'host')),
-                ('sock_path', 'unix:///s?a=b', ('query',)),
-                ('sock_path', 'unix:///s#a', ('fragment',)),
-                ('sock_path', '/run/<service>/s', ('<service>', '$option')),
-                ('sock_path', '/run/%(user)s', ('%(user)s', '$option')),
-                ('sock_path', '/run/{user}', ('{user}', '$option')),
-                ('sock_path', '/run/$nobody/s', ('nobody',)),
-                ('sock_path', '/run/$no.group/s', ('no such group',)),
-                ('sock_group', '$nobody', ('nobody',)),
-                ('sock_mode', '0999', ('0999', 'octal', '0777')),
-                ('sock_mode', 'rw', ("'rw'", 'octal', '0777')),
-                ('sock_mode', '-1', ('-1', '0000')),
-                ('sock_mode', '01777', ('01777', '0777')),
-                ('sock_mode', '6_6_0', ('6_6_0', 'octal')),
-                ('sock_max_subscribers', '0', ('0', '1')),
-                ('sock_max_subscribers', 'many', ('many',)),
-                ('sock_buffer_size', '65535', ('65535', '65536')),
-                ('sock_mask_secrets', 'perhaps', ('perhaps',)),
-                ('sock_send_context', 'perhaps', ('perhaps',))):
+        for option, value, texts in self.BAD:
             error = self.assertRaises(
                 ValueError, unix_notifier.UnixDriver,
                 self.make_conf(**{option: value}))

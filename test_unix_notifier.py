@@ -2424,6 +2424,17 @@ class AcceptTest(HubCase):
             each.messages.clear()
         self.assertServed(hub, *ones[:2], *twos, three)
 
+    def test_who_is_found_dead_is_seen_off_without_an_event(self):
+        hub, client = self.make_served()
+        client.sock.shutdown(socket.SHUT_WR)
+        hub.turn()      # now it is not watched
+        client.sock.close()
+        self.emit(hub, range(1))
+        hub.turn()
+        with self.assertPrompt():
+            hub.turn(WAIT)
+        self.assertEqual([], hub.subscribers)
+
     def test_half_closed_stays_but_a_ghost_gives_up_its_place(self):
         hub = self.make_hub(sock_max_subscribers=2)
         half = self.connect(hub)
@@ -4463,6 +4474,15 @@ class RelayPathTest(RelayCase):
             register.assert_called()
             self.assertIs(leader, self.settle(leader, follower, other))
 
+    def test_leader_without_a_relay_sends_all_as_it_leaves(self):
+        os.mkdir(self.path + '.relay')
+        hub = self.make_newcomer()
+        self.step(hub)
+        client = self.connect(hub)
+        self.emit(hub, range(3))
+        hub.finish()
+        self.assertEqual(3, account(client.read()))
+
     def test_directory_may_have_several_names(self):
         leader, follower = self.make_pair()
         other_name = self.dir + '2'
@@ -5119,6 +5139,21 @@ class SubscribeTest(ConsumerTestCase):
                          record['payload']['reason'])
         self.assertEqual(numbered(1), next(stream))
 
+    def test_nothing_is_missing_from_before_the_service_was_there(self):
+        stream = self.subscribe()
+        stream._gap._seen_until -= 60
+        for reason in 'the service let nobody in', 'the stream ended':
+            for arrive in (bool, self.full):
+                arrive()
+                stream._retry.at = 0    # it is tried now
+                self.assertIsNone(stream.take(time.monotonic() + 0.01))
+            self.connection()
+            service = self.reconnect(stream, line(1))
+            self.assertLess(self.assertInterrupted(next(stream), reason),
+                            PROMPT)
+            self.assertEqual(numbered(1), next(stream))
+            service.close()
+
     def test_place_in_a_full_backlog_is_waited_for(self):
         self.full()
         tries, connect = [], socket.socket.connect
@@ -5259,8 +5294,10 @@ class SubscribeTest(ConsumerTestCase):
         stream._retry.delay = 1
         stream._gap._at -= 2
         service.close()
-        stream._receive()
+        stream._receive(stream._sock)
         self.assertEqual(0.01, stream._retry.delay)
+        self.reconnect(stream)
+        self.assertLogged(': connected', 2)
 
     def test_line_that_is_too_long_is_told_lost(self):
         stream, service = self.connected(max_line=1000)
@@ -5380,6 +5417,24 @@ class SubscribeTest(ConsumerTestCase):
         self.assertEqual('', in_child(stream.close))
         threading.Timer(0.05, service.sendall, (line(1),)).start()
         self.assertEqual(numbered(1), next(stream))
+
+    def test_forked_child_may_close_it_amid_reading(self):
+        """As in a signal's handler, or a green thread."""
+        stream, service = self.connected()
+        service.sendall(line(1))
+        select_ = unix_notifier._select
+        for before in in_turn(self, (True, False)):
+
+            def select_amid(*args):
+                found = () if before else select_(*args)
+                stream.close()
+                return found or select_(*args)
+
+            def read():
+                self.patch('_select', select_amid)
+                self.assertEqual([], list(stream))
+
+            self.assertEqual('', in_child(read))
 
     def test_forked_child_can_close_it_though_the_parent_reads(self):
         stream, service = self.connected()
@@ -5606,6 +5661,7 @@ class ListenerTest(ConsumerTestCase):
 
     def test_after_stop_it_hands_out_what_had_come(self):
         """But drops what was requeued, and says so, once."""
+        self.patch('_REQUEUE_FIRST', 0)
         listener = self.listener(*range(5))
         out = [listener.poll()[0] for _ in range(3)]
         out[0].requeue()
@@ -5618,6 +5674,18 @@ class ListenerTest(ConsumerTestCase):
         self.assertPolled([], listener)
         self.assertLogged('what was requeued (2) is dropped')
         self.assertLogged('requeued')
+
+    def test_forked_child_can_stop_it_whoever_has_its_lock(self):
+        listener = self.listener()
+        with listener._lock:
+            self.assertEqual('', in_child(listener.stop))
+
+    def test_who_settles_twice_has_settled_once(self):
+        listener = self.listener(0)
+        incoming, = listener.poll()
+        incoming.acknowledge()
+        incoming.acknowledge()
+        self.assertEqual(0, listener._unsettled.size)
 
     def test_loss_is_a_message_and_refusal_is_not(self):
         """Nor is what no dispatcher takes."""

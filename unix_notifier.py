@@ -3883,7 +3883,8 @@ class _Relay:
         with contextlib.closing(_Bequest(
                 leader, self, loop.files.own, until)) as bequest:
             try:
-                heir = leader.intact() and self._meet() and bequest.ask()
+                heir = ('.relay' in loop.path.bound and leader.intact()
+                        and self._meet() and bequest.ask())
                 if heir:
                     bequest.pass_on(loop)
             except OSError:
@@ -4122,8 +4123,11 @@ def _select(until, waker, sock):
     # out for us, too: we would wait for ever. eventlet has no poll().
     selector = getattr(selectors, 'PollSelector', selectors.DefaultSelector)()
     selector.register(waker, selectors.EVENT_READ)
-    if sock is not None:
-        selector.register(sock, selectors.EVENT_READ)
+    try:
+        if sock is not None:
+            selector.register(sock, selectors.EVENT_READ)
+    except ValueError:      # a forked child has closed it, as recv() will say
+        return [sock], 0
     began = time.monotonic()
     ready = selector.select(None if until == math.inf else until - began)
     return [key.fileobj for key, _ in ready], time.monotonic() - began
@@ -4184,11 +4188,17 @@ class _Subscription(contextlib.AbstractContextManager, abc.Iterator):
         """
         self.closed = True
         self._waker.set()
-        if self._pid != os.getpid():    # who read when it forked is not here
+        if self.is_inherited():     # who read when it was forked is not here
             self._reading = threading.Lock()
         if self._reading.acquire(blocking=False):
-            self._disconnect()
-            self._reading.release()
+            try:
+                self._disconnect()
+            finally:    # a signal's handler may raise
+                self._reading.release()
+
+    def is_inherited(self):
+        """Whether this is the copy of a forked child."""
+        return self._pid != os.getpid()
 
     def take(self, deadline=math.inf, paused=False):
         """The next message, or None: none came in time, or before wake().
@@ -4229,7 +4239,7 @@ class _Subscription(contextlib.AbstractContextManager, abc.Iterator):
             self._waker.clear()
             return False
         if ready:
-            self._receive()
+            self._receive(sock)
         if self._gap and not paused and self._sock is not None:
             first = self._lines[0][:self._max_line] if self._lines else None
             if self._gap.is_over(first):
@@ -4246,7 +4256,9 @@ class _Subscription(contextlib.AbstractContextManager, abc.Iterator):
             self._disconnect()
             if not self._reconnect:
                 raise OSError(error.errno, error.strerror, self.path)
-            if isinstance(error, BlockingIOError) and not self._gap:
+            if not isinstance(error, BlockingIOError):
+                self._gap.seen(time.monotonic())    # nobody is there
+            elif not self._gap:
                 self._gap.begin('the service let nobody in')
             self._retry.fail()
             self.log.once(logging.INFO, 'waiting for it: %s', error.strerror)
@@ -4254,9 +4266,9 @@ class _Subscription(contextlib.AbstractContextManager, abc.Iterator):
         self._gap.connected()
         self.log.once(logging.INFO, 'connected')
 
-    def _receive(self):
+    def _receive(self, sock):
         try:
-            block = self._buffer.receive(self._sock)
+            block = self._buffer.receive(sock)
             # Not splitlines(), which would split at a carriage return, too.
             self._lines.extend(block.split(b'\n')[:-1])
         except EOFError:
@@ -4280,7 +4292,7 @@ class _Subscription(contextlib.AbstractContextManager, abc.Iterator):
     def _disconnect(self):
         if self._sock is not None:
             # Also of the copies of forked children, but not by one of them.
-            if self._pid == os.getpid():
+            if not self.is_inherited():
                 _libc.shutdown(self._sock.fileno(), socket.SHUT_RDWR)
             # _close() only where it needs its thread: of that, eventlet would
             # not hear.
@@ -4507,6 +4519,8 @@ class _Listener(_base.PollStyleListener):
         The connection goes now: designate-sink never calls cleanup().
         """
         self._subscription.close()
+        if self._subscription.is_inherited():   # whoever has the lock is not
+            return
         with self._lock:
             dropped, self._put_off = len(self._put_off), _PutOff()
         if dropped:

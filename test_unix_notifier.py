@@ -4474,6 +4474,17 @@ class RelayPathTest(RelayCase):
             register.assert_called()
             self.assertIs(leader, self.settle(leader, follower, other))
 
+    def test_who_waits_at_a_listener_that_lost_the_path_sees_the_end(self):
+        leader, follower = self.make_pair()
+        other = follower.passed.dup()   # as another follower holds it
+        self.addCleanup(other.close)
+        client = self.connect()
+        os.unlink(self.path)
+        leader.die()
+        self.assertLeads(follower)
+        client.read()
+        self.assertTrue(client.ended)
+
     def test_leader_without_a_relay_sends_all_as_it_leaves(self):
         os.mkdir(self.path + '.relay')
         hub = self.make_newcomer()

@@ -230,8 +230,10 @@ class ServerTestCase(base.FunctionalTestCase):
             heard['deliveries'], heard['lost'], heard['interrupted']))
         with open(self.log) as log:
             here = log.read().count('handed on to')
+        # Both sides say so. A worker may lead for long: only as it reloads is
+        # it sure that one leaves.
         self.assertGreater(here, 0)
-        self.assertGreater(here + len(nursery.log('handed on to')), 5)
+        self.assertGreater(here + len(nursery.log('handed on to')), 1)
 
     def _recycle(self, server, nursery, other):
         """Have workers leave, one by one and at a reload; what was emitted."""

@@ -3514,15 +3514,6 @@ class _Estate:
         _close_all((self._channel, self._lock, self._relay, *self._socks))
 
 
-def _is_socket(*paths):
-    """Whether a socket is at any of the paths."""
-    for path in paths:
-        with contextlib.suppress(OSError):
-            if stat.S_ISSOCK(os.lstat(path).st_mode):
-                return True
-    return False
-
-
 class _Sight:
     """Whom a follower sees: who waits at the leader's listener, or is there.
 
@@ -3588,6 +3579,15 @@ class _Sight:
         notify() does so itself while there is nobody.
         """
         self._loop.inbox.look = _yes if self.look() else self.look
+
+
+def _is_socket(*paths):
+    """Whether a socket is at any of the paths."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(os.lstat(path).st_mode):
+                return True
+    return False
 
 
 class _Follower:
@@ -4038,7 +4038,7 @@ class _ReaderLog:
 
     def __init__(self, path):
         self._path = path
-        self.told = set()       # what need not be told again
+        self._told = set()      # what need not be told again
         self._lost = 0          # notifications, by the records
         self._lost_told = -math.inf     # time.monotonic() when that was told
 
@@ -4047,9 +4047,12 @@ class _ReaderLog:
 
     def once(self, level, text, *args):
         """Once, until a connection has lasted."""
-        if text not in self.told:
-            self.told.add(text)
+        if text not in self._told:
+            self._told.add(text)
             self.say(level, text, *args)
+
+    def lasted(self):
+        self._told.clear()
 
     def refused(self, reason):
         self.once(logging.WARNING, 'refused: %s', reason)
@@ -4285,7 +4288,7 @@ class _Subscription(contextlib.AbstractContextManager, abc.Iterator):
         # Not after a refusal: it would be asked, and logged, without a pause.
         if time.monotonic() > self._gap.lasts_at():
             self._retry.clear()
-            self.log.told.clear()
+            self.log.lasted()
         self._retry.fail()
         self.log.once(logging.INFO, 'disconnected')
 

@@ -230,10 +230,8 @@ class ServerTestCase(base.FunctionalTestCase):
             heard['deliveries'], heard['lost'], heard['interrupted']))
         with open(self.log) as log:
             here = log.read().count('handed on to')
-        # Both sides say so. A worker may lead for long: only as it reloads is
-        # it sure that one leaves.
         self.assertGreater(here, 0)
-        self.assertGreater(here + len(nursery.log('handed on to')), 1)
+        self.assertGreater(here + len(nursery.log('handed on to')), 5)
 
     def _recycle(self, server, nursery, other):
         """Have workers leave, one by one and at a reload; what was emitted."""
@@ -410,8 +408,9 @@ class GunicornTest(ServerTestCase):
                            workers=2), count=20, pids=3)
 
     def test_workers_lead(self):
+        # With more jitter a worker might lead till the reload.
         self.check_leaders(*self.gunicorn(
-            '--preload', '--max-requests-jitter', '80'))
+            '--preload', '--max-requests-jitter', '20'))
 
 
 class ModWsgiTest(ServerTestCase):

@@ -346,6 +346,11 @@ class UwsgiTest(ServerTestCase):
             '--max-requests-delta', '20', '--forkbomb-delay', '0',
             '--binary-path', sys.executable))
 
+    @staticmethod
+    def _connected(log):
+        with open(log) as file:
+            return file.read().count('subscriber connected')
+
     def test_monkey_patched_worker_beside_another(self):
         """Where no hub runs between requests it sends inside notify()."""
         self.need('eventlet')
@@ -358,6 +363,10 @@ class UwsgiTest(ServerTestCase):
             self.serve(*self.uwsgi(*options, processes=1),
                        WSGI_APP_PATCHED='1')
             emitted = {self.request()}
+            # Who comes after that is let in once it was answered.
+            self.subscribe()
+            base.wait_until(lambda: self._connected(log) == 2 * number + 2,
+                            'the leader has answered')
             for _ in range(10):
                 emitted.add(self.request())
                 # The first one, at the latest, with the second.
